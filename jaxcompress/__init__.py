@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression for any JAX function: a function goes in, a function comes out."""
+
+from . import formats as formats
+from ._core.observe import sites as sites
+from ._core.observe import tap as tap
+from ._core.qtensor import QTensor as QTensor
+from ._core.qtensor import nbytes as nbytes
+from ._core.sites import Operand as Operand
+from ._core.sites import Site as Site
+from ._errors import ArtifactError as ArtifactError
+from ._errors import FormatError as FormatError
+from ._errors import JaxCompressError as JaxCompressError
+from ._errors import RecipeError as RecipeError
+from ._errors import SiteError as SiteError
+from ._quantize import recipes as recipes
+from ._quantize.aware import quantize_aware as quantize_aware
+from ._quantize.granularity import Granularity as Granularity
+from ._quantize.granularity import per_group as per_group
+from ._quantize.quantizer import Quantizer as Quantizer
+from ._quantize.recipe import Recipe as Recipe
+from ._quantize.recipe import Rule as Rule
+from ._quantize.report import Report as Report
+from ._quantize.report import report as report
+from ._task import Task as Task
+from ._task import Train as Train
+
+__version__ = "0.1.0"

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One static pass over a jaxpr: labels every variable and finds the sites.
+
+The pass has two halves. `analyze` works on labels with numbered parameters and remembers what it
+found for each jaxpr and pattern of labels, so that a block that is called 48 times is looked at
+once. `name_sites` then walks the result in program order and gives every site its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import Literal
+
+from . import _compat, dimensions
+from .provenance import CONSTANT, DATA, Label, canonical, join, renumber, transfer
+from .sites import OPERATIONS, Operand, Plan, Site
+
+MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
+FAKE = MARK + "fake_"  # jaxcompress_fake_quantize: the value is owned by the kind after the prefix
+OPAQUE = MARK + "opaque"  # a region that is left alone and hidden
+
+# Primitives that call one jaxpr, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "shard_map": "jaxpr",
+}
+
+
+class Draft(NamedTuple):
+    """A site before it has a name; parameters are numbers."""
+
+    labels: tuple[Label, ...]
+    roles: tuple[str, ...]
+    opaque: bool
+    eqn: Any
+
+
+class Call(NamedTuple):
+    """An equation that calls jaxprs: (analysis, parameters of the caller by number) each."""
+
+    bodies: tuple[tuple[Analysis, list[int]], ...]
+    scan: int | None = None  # depth, if this is a scan
+    length: int = 0
+
+
+@dataclasses.dataclass
+class Analysis:
+    """What was found in one jaxpr for one pattern of labels."""
+
+    drafts: dict[int, Draft] = dataclasses.field(default_factory=dict)
+    calls: dict[int, Call] = dataclasses.field(default_factory=dict)
+    extra: dict[int, Any] = dataclasses.field(default_factory=dict)
+    marks: dict[str, Label] = dataclasses.field(default_factory=dict)
+    owned: set[str] = dataclasses.field(default_factory=set)
+    outputs: list[Label] = dataclasses.field(default_factory=list)
+    layers: frozenset[int] = frozenset()  # depths of scans over which some weight is a slice
+
+    @property
+    def empty(self) -> bool:
+        return not (self.drafts or self.calls or self.marks or self.owned)
+
+
+class Analyzer:
+    """Analyses jaxprs for a transform with the given mark.
+
+    Args:
+      mark: name of the regions that this very transform emitted; they are not entered again.
+    """
+
+    def __init__(self, mark: str | None = None):
+        self.mark = mark
+        self.memo: dict[tuple, tuple[Analysis, Any]] = {}
+
+    def call(
+        self, jaxpr: Any, labels: Sequence[Label], depth: int, manual: frozenset[str]
+    ) -> tuple[Analysis, list[int], list[Label]]:
+        """Analysis of a jaxpr under these labels, remembered: (analysis, numbers, outputs)."""
+        inner, _ = _compat.open_jaxpr(jaxpr)
+        labels, numbers = canonical(labels)
+        key = (id(inner), labels, depth, manual)
+        if key not in self.memo:  # the jaxpr is kept alive so that its id stays its own
+            self.memo[key] = (self.analyze(inner, labels, depth, manual), inner)
+        found = self.memo[key][0]
+        return found, numbers, [renumber(out, numbers) for out in found.outputs]
+
+    def analyze(
+        self,
+        jaxpr: Any,
+        labels: Sequence[Label],
+        depth: int = 0,
+        manual: frozenset[str] = frozenset(),
+        constants: Sequence[Label] = (),
+    ) -> Analysis:
+        found = Analysis()
+        env: dict[Any, Label] = dict(zip(jaxpr.invars, labels, strict=True))
+        env.update(zip(jaxpr.constvars, constants or [CONSTANT] * len(jaxpr.constvars)))
+        state = _State(self, found, depth, manual)
+
+        def read(v: Any) -> Label:
+            return CONSTANT if isinstance(v, Literal) else env.get(v, CONSTANT)
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            ins = [read(v) for v in eqn.invars]
+            rule = _RULES.get(eqn.primitive.name, _ordinary)
+            outs = rule(state, i, eqn, ins)
+            if manual and (rule is _ordinary or rule is _name):
+                where = dimensions.splits(eqn, [x.manual for x in ins], manual)
+                outs = [out._replace(manual=w) for out, w in zip(outs, where, strict=True)]
+            env.update(zip(eqn.outvars, outs))
+        found.outputs = [read(v) for v in jaxpr.outvars]
+        return found
+
+
+class _State(NamedTuple):
+    """What the rules need of the analysis under way."""
+
+    analyzer: Analyzer
+    found: Analysis
+    depth: int
+    manual: frozenset[str]
+
+    def enter(self, jaxpr: Any, labels: Sequence[Label], deeper: int = 0):
+        return self.analyzer.call(jaxpr, labels, self.depth + deeper, self.manual)
+
+    def record(self, i: int, results: Sequence[tuple], scan: int | None = None, length: int = 0):
+        bodies = tuple((analysis, numbers) for analysis, numbers, _ in results)
+        for analysis, numbers in bodies:
+            for name, label in analysis.marks.items():
+                self.mark(name, renumber(label, numbers))
+            self.found.owned |= analysis.owned
+            layers = analysis.layers - ({scan} if scan is not None else set())
+            self.found.layers |= layers
+        if any(a.drafts or a.calls for a, _ in bodies):
+            self.found.calls[i] = Call(bodies, scan, length)
+
+    def mark(self, name: str, label: Label):
+        old = self.found.marks.get(name)
+        if old is not None and old != label:
+            params = old.params | label.params
+            label = Label(data=old.data and label.data, params=params)
+        self.found.marks[name] = label
+
+
+# ---------------------------------------------------------------------- one rule a primitive
+
+
+def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    name = eqn.primitive.name
+    if name in OPERATIONS:
+        _site(state, i, eqn, ins)
+    elif _hides_matmul(eqn):
+        _opaque(state, i, eqn, ins)
+    return [transfer(name, ins)] * len(eqn.outvars)
+
+
+def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
+    labels = ins[: OPERATIONS[eqn.primitive.name]]
+    roles = ["weight" if label.weight else "activation" for label in labels]
+    if eqn.primitive.name == "gather":
+        # An embedding is read by data; static indices only pick a part of a weight.
+        by_data = any(label.data or label.chosen for label in ins[1:])
+        if not labels[0].weight or labels[0].chosen or not by_data:
+            return
+    elif roles == ["weight", "weight"] and labels[0].chosen != labels[1].chosen:
+        # emb[ids] @ w: the rows that data chose are the activation.
+        roles = ["activation" if label.chosen else "weight" for label in labels]
+    for label, role in zip(labels, roles, strict=True):
+        if role == "weight":
+            state.found.layers |= label.scans
+    state.found.drafts[i] = Draft(tuple(labels), tuple(roles), False, eqn)
+
+
+def _opaque(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
+    roles = tuple("weight" if label.weight else "activation" for label in ins)
+    state.found.drafts[i] = Draft(tuple(ins), roles, True, eqn)
+
+
+def _hides_matmul(eqn: Any) -> bool:
+    todo = list(_compat.inner_jaxprs(eqn.params))
+    while todo:
+        for inner in _compat.open_jaxpr(todo.pop())[0].eqns:
+            if inner.primitive.name in OPERATIONS and inner.primitive.name != "gather":
+                return True
+            todo += _compat.inner_jaxprs(inner.params)
+    return False
+
+
+def _name(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    if eqn.params["name"].startswith(MARK):
+        state.mark(eqn.params["name"], ins[0])
+    return _ordinary(state, i, eqn, ins)
+
+
+def _jit(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    name = eqn.params.get("name", "")
+    if name.startswith(FAKE):
+        out = ins[0]._replace(owners=ins[0].owners | {name[len(FAKE) :]})
+        return [out] * len(eqn.outvars)
+    if name == state.analyzer.mark or name == OPAQUE:
+        state.found.owned.add(name)
+        return [DATA] * len(eqn.outvars)
+    return _call(state, i, eqn, ins)
+
+
+def _call(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    result = state.enter(eqn.params[CALLS[eqn.primitive.name]], ins)
+    state.record(i, [result])
+    return result[2]
+
+
+def _custom_vjp(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    primal = state.enter(eqn.params["call_jaxpr"], ins)
+    if primal[0].empty:
+        return primal[2]
+    # The user's forward rule computes the same sites again, under the same names.
+    jaxpr, consts = _compat.call_forward_rule(eqn.params, len(ins))
+    inputs = ins[eqn.params["num_consts"] :]
+    forward = state.enter(jaxpr, inputs)
+    state.found.extra[i] = (jaxpr, consts)
+    state.record(i, [primal, forward])
+    return primal[2]
+
+
+def _shard_map(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    p = eqn.params
+    axes = state.manual | frozenset(p["newly_manual_axes"])
+    labels = []
+    for label, spec, v in zip(ins, p["in_specs"], eqn.invars, strict=True):
+        outer = label.manual or (frozenset(),) * v.aval.ndim
+        split = [frozenset(n for n in _axis_names(s)) for s in spec]
+        split += [frozenset()] * (v.aval.ndim - len(split))
+        both = tuple(a | b for a, b in zip(outer, split, strict=True))
+        labels.append(label._replace(manual=both))
+    result = state.analyzer.call(p["jaxpr"], labels, state.depth, axes)
+    state.record(i, [result])
+    new = frozenset(p["newly_manual_axes"])
+    keep = [
+        out._replace(manual=tuple(s - new for s in out.manual or ()) if state.manual else None)
+        for out in result[2]
+    ]
+    return keep
+
+
+def _axis_names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _scan(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    depth, length = state.depth + 1, eqn.params["length"]
+    consts, carry, xs = _compat.split_scan(eqn.params, ins)
+    xs = [_slice_of_stack(x, depth) for x in xs]
+
+    def body(carry: list[Label]):
+        return state.enter(eqn.params["jaxpr"], [*consts, *carry, *xs], deeper=1)
+
+    carry, result = _fixed_point(body, carry)
+    state.record(i, [result], scan=depth, length=length)
+    state.found.extra[i] = state.depth
+    k = len(carry)
+    done = [_drop_scan(x, depth) for x in carry]
+    ys = [
+        out._replace(manual=(frozenset(), *out.manual)) if out.manual is not None else out
+        for out in (_drop_scan(x, depth) for x in result[2][k:])
+    ]
+    return done + ys
+
+
+def _slice_of_stack(x: Label, depth: int) -> Label:
+    manual = x.manual[1:] if x.manual is not None else None
+    return x._replace(scans=x.scans | {depth} if x.weight else x.scans, manual=manual)
+
+
+def _drop_scan(x: Label, depth: int) -> Label:
+    return x._replace(scans=x.scans - {depth})
+
+
+def _while(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    p = eqn.params
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts, carry = ins[:n], ins[n : n + m], ins[n + m :]
+
+    def body(carry: list[Label]):
+        return state.enter(p["body_jaxpr"], [*body_consts, *carry])
+
+    carry, result = _fixed_point(body, carry)
+    test = state.enter(p["cond_jaxpr"], [*cond_consts, *carry])
+    state.record(i, [test, result])
+    return carry
+
+
+def _fixed_point(body: Any, carry: list[Label]) -> tuple[list[Label], tuple]:
+    """Labels of a loop's carry that one more round does not change."""
+    while True:
+        result = body(carry)
+        new = [
+            old if out == old else join([old, out])._replace(manual=_wider(old, out))
+            for old, out in zip(carry, result[2], strict=False)
+        ]
+        if new == carry:
+            return carry, result
+        carry = new
+
+
+def _wider(a: Label, b: Label) -> tuple[frozenset[str], ...] | None:
+    if a.manual is None or b.manual is None:
+        return a.manual if b.manual is None else b.manual
+    return tuple(x | y for x, y in zip(a.manual, b.manual, strict=True))
+
+
+def _cond(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    results = [state.enter(branch, ins[1:]) for branch in eqn.params["branches"]]
+    state.record(i, results)
+    outs = []
+    for labels in zip(*(result[2] for result in results), strict=True):
+        # Parameters picked by a predicate on data are still parameters: an expert, a layer.
+        out = labels[0] if len(set(labels)) == 1 else join(labels)
+        if ins[0].data and out.weight:
+            out = out._replace(chosen=True)
+        for label in labels:
+            out = out._replace(manual=_wider(out, label))
+        outs.append(out)
+    return outs
+
+
+_RULES = {
+    **{name: _call for name in CALLS},
+    "jit": _jit,
+    "pjit": _jit,
+    "custom_vjp_call": _custom_vjp,
+    "shard_map": _shard_map,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "name": _name,
+}
+
+
+# ---------------------------------------------------------------------- names
+
+
+def name_sites(jaxpr: Any, found: Analysis, paths: Sequence[str]) -> Plan:
+    """Names the sites of an analysis in program order; `paths` are the parameters by number."""
+    return _Namer(paths).walk(jaxpr, found, list(range(len(paths))), "", ())
+
+
+class _Namer:
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+        self.counts: dict[str, int] = {}
+
+    def unique(self, base: str, always: bool) -> str:
+        k = self.counts[base] = self.counts.get(base, -1) + 1
+        return f"{base}#{k}" if k or always else base
+
+    def walk(
+        self,
+        jaxpr: Any,
+        found: Analysis,
+        numbers: list[int],
+        scope: str,
+        loops: tuple[tuple[int, int, bool], ...],
+    ) -> Plan:
+        """`loops`: (depth, length, whether over stacked layers) of the enclosing scans."""
+        plan = Plan(extra=found.extra)
+        seen: dict[str, Site] = {}
+        for i in sorted({*found.drafts, *found.calls}):
+            eqn = jaxpr.eqns[i]
+            inner = "/".join(x for x in (scope, _scope(eqn)) if x)
+            if i in found.drafts:
+                site = self.site(found.drafts[i], numbers, inner, loops)
+                plan.sites[i] = site
+                seen.setdefault(site.name, site)
+                continue
+            call = found.calls[i]
+            plans = []
+            before = dict(self.counts)
+            for body, (analysis, local) in zip(_bodies(eqn, found, i), call.bodies, strict=True):
+                if eqn.primitive.name == "custom_vjp_call":
+                    self.counts = dict(before)  # primal and forward rule share their names
+                below = loops
+                if call.scan is not None:
+                    below = (*loops, (call.scan, call.length, call.scan in analysis.layers))
+                outer = [numbers[n] for n in local]
+                plans.append(self.walk(body, analysis, outer, inner, below))
+                for site in plans[-1].everything:
+                    seen.setdefault(site.name, site)
+            plan.calls[i] = tuple(plans)
+        plan.everything = list(seen.values())
+        plan.names = frozenset(seen)
+        return plan
+
+    def site(self, draft: Draft, numbers: list[int], scope: str, loops: tuple) -> Site:
+        eqn, operands, used = draft.eqn, [], []
+        scans: frozenset[int] = frozenset()
+        for label, role, v in zip(draft.labels, draft.roles, eqn.invars, strict=False):
+            path = ""
+            if role == "weight":
+                path = "+".join(sorted(self.paths[numbers[n]] for n in label.params))
+                scans |= label.scans
+                used.append(path)
+            shape = tuple(getattr(v.aval, "shape", ()))
+            dtype = getattr(v.aval, "dtype", None)
+            constant = not label.data and not label.params
+            operands.append(
+                Operand(role, path, shape, dtype, constant, label.manual, label.owners)
+            )
+        base = used[0] if used and not draft.opaque else ""
+        if not base:
+            base = "/".join(x for x in (scope, eqn.primitive.name) if x)
+        layered = tuple(d in scans or (layers and not used) for d, _, layers in loops)
+        return Site(
+            name=self.unique(base, always=not used or draft.opaque),
+            op=eqn.primitive.name,
+            operands=tuple(operands),
+            out_avals=tuple(v.aval for v in eqn.outvars),
+            scope=scope,
+            loops=tuple(n for _, n, _ in loops),
+            layered=layered,
+            opaque=draft.opaque,
+            eqn=eqn,
+        )
+
+
+def _scope(eqn: Any) -> str:
+    """Name stack without the names of transformations around it: vmap(attn) is attn."""
+    stack = str(eqn.source_info.name_stack)
+    while True:
+        plain = re.sub(r"\w+\(([^()]*)\)", r"\1", stack)
+        if plain == stack:
+            return "/".join(x for x in stack.split("/") if x)
+        stack = plain
+
+
+def _bodies(eqn: Any, found: Analysis, i: int) -> list[Any]:
+    """The jaxprs of a call, in the order in which the rule recorded them."""
+    p, name = eqn.params, eqn.primitive.name
+    if name == "scan":
+        jaxprs = [p["jaxpr"]]
+    elif name == "while":
+        jaxprs = [p["cond_jaxpr"], p["body_jaxpr"]]
+    elif name == "cond":
+        jaxprs = list(p["branches"])
+    elif name == "custom_vjp_call":
+        jaxprs = [p["call_jaxpr"], found.extra[i][0]]
+    else:
+        jaxprs = [p[CALLS[name]]]
+    return [_compat.open_jaxpr(j)[0] for j in jaxprs]

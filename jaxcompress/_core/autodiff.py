@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autodiff boundary: what a function differentiates inside is transformed before that.
+
+Inside a jaxpr, operations of a loss that was already differentiated are mixed with those of its
+derivative. So a function that calls `jax.grad` (or any of its relatives) inside is traced twice
+under a scope: once to learn which of the differentiated and closed-over values derive from
+parameters, and once with each differentiated function replaced by its transformed self.
+
+The scope is a `jax.make_user_context` value: it is part of the key of every cache of JAX, so
+that a function that was traced before is traced again, and nothing leaks afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from . import _compat
+from .analyze import MARK
+from .provenance import CONSTANT, Label
+from .sites import Site
+from .staging import Staged, split, stage
+
+SCOPE = jax.make_user_context(None)
+
+
+class Scope:
+    """One tracing of a function whose inner derivatives are to be seen.
+
+    Attributes:
+      region: makes the transformed function from (fn, labels of its arrays, labels of what it
+        closes over or None where roles are not known, the list of sites to add to).
+      marks: labels found by the first tracing; None during the first one.
+      count: how many functions were differentiated so far.
+      sites: sites found inside them.
+    """
+
+    def __init__(self, region: Callable | None, marks: dict[str, Label] | None = None):
+        self.region, self.marks = region, marks
+        self.count = 0
+        self.sites: list[Site] = []
+
+
+def _hook(fn: Callable, primals: tuple) -> tuple[Callable, tuple] | None:
+    scope: Scope | None = SCOPE.value
+    if scope is None:
+        return None
+    k, scope.count = scope.count, scope.count + 1
+    call, arrays = split((primals, {}))
+    if scope.marks is None:
+        with SCOPE(None):
+            staged = stage(fn, call, arrays)
+        arrays = [_mark(x, f"{MARK}{k}/{i}") for i, x in enumerate(arrays)]
+        consts = [_mark(c, f"{MARK}{k}/closure/{i}") for i, c in enumerate(staged.consts)]
+        return _again(staged, consts), call.merge(arrays)[0]
+
+    marks, prefix = scope.marks, f"{MARK}{k}/"
+    known = any(name.startswith(prefix) and label.params for name, label in marks.items())
+    ins = [marks.get(f"{prefix}{i}", CONSTANT) for i in range(len(arrays))] if known else None
+
+    def closure(count: int) -> list[Label]:
+        return [marks.get(f"{prefix}closure/{i}", CONSTANT) for i in range(count)]
+
+    assert scope.region is not None
+    return scope.region(fn, ins, closure, scope), primals
+
+
+def _mark(x: Any, name: str) -> Any:
+    return checkpoint_name(x, name) if isinstance(x, jax.core.Tracer) else x
+
+
+def _again(staged: Staged, consts: list) -> Callable:
+    def fn(*args):
+        _, arrays = split((args, {}))
+        with SCOPE(None):
+            return staged.rebuild(jax.core.eval_jaxpr(staged.jaxpr, consts, *arrays))
+
+    return fn
+
+
+def install() -> None:
+    """Installs the hook where JAX enters autodiff, once."""
+    _compat.install_autodiff_hook(_hook, _canary)
+
+
+def _canary() -> bool:
+    """Differentiates a one-matmul function under a scope and looks whether it was seen."""
+    scope = Scope(None)
+    with SCOPE(scope):
+        jax.make_jaxpr(jax.grad(lambda w: (w @ w).sum()))(jnp.ones((2, 2)))
+        jax.make_jaxpr(lambda w: jax.jvp(lambda w: w @ w, (w,), (w,)))(jnp.ones((2, 2)))
+    return scope.count == 2

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rule per control-flow primitive: issues it again through JAX's public function.
+
+State of sites is explicit: inside a scan over stacked layers it is stacked and travels with the
+scanned values; in other loops it is carried; a branch that is not taken returns it unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from . import _compat
+from .analyze import CALLS
+from .interpret import Runtime, evaluate, pick
+from .sites import Plan
+
+Plans = tuple[Plan, ...]
+
+
+def _run(jaxpr: Any, plan: Plan, args: list, runtime: Runtime) -> list:
+    inner, consts = _compat.open_jaxpr(jaxpr)
+    return evaluate(plan, inner, consts, args, runtime)
+
+
+def _names(plans: Plans) -> frozenset[str]:
+    return frozenset().union(*(plan.names for plan in plans))
+
+
+def _zeros(tree: Any) -> Any:
+    def zero(x):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            return jnp.zeros_like(x)
+        return jnp.zeros(jnp.shape(x), jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def jit(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    """Evaluated in place, since the caller is under jit; explicit shardings are kept."""
+    p = eqn.params
+
+    def constrain(v: Any, sharding: Any) -> Any:
+        if _compat.is_unspecified(sharding):
+            return v
+        return lax.with_sharding_constraint(v, sharding)
+
+    values = [constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
+    with jax.named_scope(p["name"]):
+        outs = _run(p["jaxpr"], plans[0], values, runtime)
+    return [constrain(v, s) for v, s in zip(outs, p["out_shardings"], strict=True)]
+
+
+def call(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    return _run(eqn.params[CALLS[eqn.primitive.name]], plans[0], values, runtime)
+
+
+def checkpoint(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    p, names = eqn.params, plans[0].names
+
+    def body(values, learned, state):
+        inner = runtime.child(learned, state)
+        return _run(p["jaxpr"], plans[0], values, inner), inner.state
+
+    again = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])
+    outs, state = again(values, pick(runtime.learned, names), pick(runtime.state, names))
+    runtime.state.update(state)
+    return outs
+
+
+def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> list:
+    p, plan = eqn.params, plans[0]
+    consts, carry, xs = _compat.split_scan(p, values)
+    k = len(carry)
+    layered = frozenset(s.name for s in plan.everything if s.layered[depth])
+    stacked = plan.names if runtime.transform.collects else layered
+    carried = plan.names - stacked
+    learned_x = pick(runtime.learned, layered)
+    learned_c = pick(runtime.learned, plan.names - layered)
+
+    def body(c, x):
+        c, state_c = c
+        x, learned_x, state_x = x
+        inner = runtime.child({**learned_c, **learned_x}, {**state_c, **state_x})
+        outs = _run(p["jaxpr"], plan, [*consts, *c, *x], inner)
+        state = inner.state
+        return (outs[:k], pick(state, carried)), (outs[k:], pick(state, stacked))
+
+    (c, state_c), (ys, state_y) = lax.scan(
+        body,
+        (carry, pick(runtime.state, carried)),
+        (xs, learned_x, pick(runtime.state, stacked)),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    runtime.state.update({**state_c, **state_y})
+    return [*c, *ys]
+
+
+def while_loop(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    p, (test_plan, body_plan) = eqn.params, plans
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
+    names = _names(plans)
+    learned = pick(runtime.learned, names)
+
+    def test(c):
+        inner = runtime.child(learned, c[1])  # what the test observes is not kept
+        return _run(p["cond_jaxpr"], test_plan, [*test_consts, *c[0]], inner)[0]
+
+    def body(c):
+        inner = runtime.child(learned, c[1])
+        return _run(p["body_jaxpr"], body_plan, [*body_consts, *c[0]], inner), inner.state
+
+    outs, state = lax.while_loop(test, body, (carry, pick(runtime.state, names)))
+    runtime.state.update(state)
+    return list(outs)
+
+
+def cond(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    names = _names(plans)
+
+    def branch(jaxpr: Any, plan: Plan) -> Callable:
+        def f(args, learned, state):
+            inner = runtime.child(learned, state)
+            return _run(jaxpr, plan, args, inner), inner.state
+
+        return f
+
+    branches = [branch(j, q) for j, q in zip(eqn.params["branches"], plans, strict=True)]
+    learned, state = pick(runtime.learned, names), pick(runtime.state, names)
+    index = values[0]
+    outs, state = lax.switch(index, branches, values[1:], learned, state)
+    runtime.state.update(state)
+    return list(outs)
+
+
+def custom_jvp(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    """The primal is transformed; the tangent comes from the user's own rule, untouched."""
+    p, names = eqn.params, plans[0].names
+    skip = p["num_consts"]
+
+    @jax.custom_jvp
+    def f(args, learned, state):
+        inner = runtime.child(learned, state)
+        return _run(p["call_jaxpr"], plans[0], list(args), inner), inner.state
+
+    @f.defjvp
+    def rule(primals, tangents):
+        out = f(*primals)
+        jaxpr, consts, zeros = _compat.call_jvp_rule(p, len(values))
+        inputs = (*primals[0][skip:], *tangents[0][skip:])
+        results = jax.core.eval_jaxpr(jaxpr, consts, *inputs)
+        nonzero = iter(results[len(zeros) :])
+        dots = [
+            _zeros(y) if zero else next(nonzero) for y, zero in zip(out[0], zeros, strict=True)
+        ]
+        return out, (dots, _zeros(out[1]))
+
+    outs, state = f(tuple(values), pick(runtime.learned, names), pick(runtime.state, names))
+    runtime.state.update(state)
+    return list(outs)
+
+
+def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, extra: Any) -> list:
+    """The primal and the user's forward rule are transformed; the backward rule is kept."""
+    p, names = eqn.params, _names(plans)
+    primal_plan, forward_plan = plans
+    jaxpr, consts = extra
+    skip, count = p["num_consts"], len(eqn.outvars)
+
+    @jax.custom_vjp
+    def f(args, learned, state):
+        inner = runtime.child(learned, state)
+        return _run(p["call_jaxpr"], primal_plan, list(args), inner), inner.state
+
+    def forward(args, learned, state):
+        inner = runtime.child(learned, state)
+        outs = evaluate(forward_plan, jaxpr, consts, list(args[skip:]), inner)
+        made, outs = iter(outs[: len(outs) - count]), outs[len(outs) - count :]
+        residuals = [
+            next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)
+        ]
+        return (outs, inner.state), (residuals, args, learned, state)
+
+    def backward(saved, cotangents):
+        residuals, args, learned, state = saved
+        grads = _compat.call_backward_rule(p, residuals, cotangents[0])
+        return ((None,) * skip + tuple(grads), _zeros(learned), _zeros(state))
+
+    f.defvjp(forward, backward)
+    outs, state = f(tuple(values), pick(runtime.learned, names), pick(runtime.state, names))
+    runtime.state.update(state)
+    return list(outs)
+
+
+def shard_map(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
+    p, plan = eqn.params, plans[0]
+    replicated = PartitionSpec()
+
+    def body(values, learned, state):
+        inner = runtime.child(learned, state)
+        return _run(p["jaxpr"], plan, values, inner), inner.state
+
+    learned, state = pick(runtime.learned, plan.names), pick(runtime.state, plan.names)
+    sites = {s.name: s for s in plan.everything}
+    specs = {n: runtime.transform.state_spec(sites[n], v) for n, v in state.items()}
+    outs, state = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=(list(p["in_specs"]), jax.tree.map(lambda _: replicated, learned), specs),
+        out_specs=(list(p["out_specs"]), specs),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )(values, learned, state)
+    runtime.state.update(state)
+    return list(outs)
+
+
+RULES: dict[str, Callable] = {
+    "jit": jit,
+    "pjit": jit,
+    "closed_call": call,
+    "core_call": call,
+    "remat2": checkpoint,
+    "checkpoint": checkpoint,
+    "scan": scan,
+    "while": while_loop,
+    "cond": cond,
+    "custom_jvp_call": custom_jvp,
+    "custom_vjp_call": custom_vjp,
+    "shard_map": shard_map,
+}

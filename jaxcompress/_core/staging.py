@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any call of a Python function as a jaxpr: arrays are traced, everything else is kept aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from . import _compat
+
+
+class Static:
+    """A leaf that is no array (a flag, a string, an activation function), as part of a key."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._key = (type(value), hash(value))
+        except TypeError:  # unhashable: the object itself is the key
+            self._key = (type(value), id(value))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static) or self._key != other._key:
+            return False
+        return self.value is other.value or bool(self.value == other.value)
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is traced: arrays, tracers, Python floats; not ints, bools, strings."""
+    kinds = (jax.Array, np.ndarray, np.generic, float, complex, jax.ShapeDtypeStruct)
+    return isinstance(x, kinds) and getattr(x, "dtype", None) != np.dtype(object)
+
+
+class Call(NamedTuple):
+    """The arguments of a call, split into what is traced and what is kept."""
+
+    tree: Any
+    traced: tuple[bool, ...]
+    static: tuple[Static, ...]
+
+    def merge(self, arrays: Sequence) -> Any:
+        """The original structure with these arrays in place of the traced leaves."""
+        arrays, static = iter(arrays), iter(self.static)
+        leaves = [next(arrays) if t else next(static).value for t in self.traced]
+        return jax.tree_util.tree_unflatten(self.tree, leaves)
+
+
+@jax.tree_util.register_pytree_node_class
+class Packed(NamedTuple):
+    """A value whose arrays are pytree leaves and whose other leaves are part of the structure."""
+
+    call: Call
+    arrays: list
+
+    @classmethod
+    def pack(cls, value: Any) -> Packed:
+        return cls(*split(value))
+
+    def unpack(self) -> Any:
+        return self.call.merge(self.arrays)
+
+    def tree_flatten(self):
+        return self.arrays, self.call
+
+    @classmethod
+    def tree_unflatten(cls, call: Call, arrays: Sequence) -> Packed:
+        return cls(call, list(arrays))
+
+
+def split(value: Any) -> tuple[Call, list]:
+    """Splits a pytree into (what is kept aside, the arrays)."""
+    leaves, tree = jax.tree_util.tree_flatten(value)
+    traced = tuple(map(is_array, leaves))
+    static = tuple(Static(x) for x, t in zip(leaves, traced, strict=True) if not t)
+    return Call(tree, traced, static), [x for x, t in zip(leaves, traced, strict=True) if t]
+
+
+class Staged(NamedTuple):
+    """A traced call: `rebuild(outputs of the jaxpr)` gives what the function returned."""
+
+    jaxpr: Any
+    consts: list
+    rebuild: Callable[[Sequence], Any]
+
+
+def stage(fn: Callable, call: Call, arrays: Sequence) -> Staged:
+    """Traces `fn(*args, **kwargs)` to a jaxpr over the arrays of `call`."""
+    made: list[Call] = []
+
+    def flat(*arrays):
+        args, kwargs = call.merge(arrays)
+        out, results = split(fn(*args, **kwargs))
+        made[:] = [out]
+        return results
+
+    closed = jax.make_jaxpr(flat)(*arrays)
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    return Staged(jaxpr, consts, made[0].merge)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization-aware functions: operands of the chosen sites are rounded to their formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .._core.patterns import matches, nearest
+from .._core.sites import Site
+from .._core.transform import ArgNums, Transform, stateless
+from .._errors import FormatError, RecipeError, SiteError
+from . import recipes
+from .quantizer import Quantizer
+from .recipe import Recipe, Rule
+
+Setting = tuple[Quantizer | None, ...]  # one quantizer per operand, None: left in float
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeAware(Transform):
+    """Fake quantization with straight-through gradients, as a recipe says."""
+
+    recipe: Recipe
+
+    kind = "quantize"
+
+    def choose(self, sites: Sequence[Site]) -> Mapping[str, Setting]:
+        settings: dict[str, Setting] = {}
+        rules: dict[str, Rule] = {}
+        for site in sites:
+            found = self.recipe.rule_for(site)
+            if found is None or found[1].leaves_alone or why_not(site, found[1]):
+                continue
+            rules[site.name] = found[1]
+            settings[site.name] = setting_of(site, found[1])
+        settings = _share(sites, settings, rules)
+        _agree(sites, settings, rules)
+        for site in sites:
+            if site.name in settings:
+                _fits(site, settings[site.name])
+        return {name: s for name, s in settings.items() if any(s)}
+
+    def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
+        if not self.recipe.rules:
+            return
+        any_match = False
+        for rule in self.recipe.rules:
+            matched = [s for s in sites if rule.matches(s)]
+            if any(not why_not(s, rule) for s in matched):
+                any_match = True
+            elif not rule.optional:
+                _unmatched(rule, matched, sites, parameters)
+        if not any_match:
+            raise RecipeError(
+                f"recipe `{self.recipe.name}` found nothing to compress: no matmul, convolution "
+                f"or embedding reads a parameter. Sites: {_listed(sites)}. Parameters: "
+                f"{', '.join(f'`{p}`' for p in parameters[:5]) or '(none)'}. Does argnums name "
+                "the argument that holds the parameters?"
+            )
+
+    def apply(
+        self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
+    ) -> tuple[Any, Any]:
+        return bind(*quantized(site, setting, operands)), None
+
+
+def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
+    """The operands of a site rounded to their formats."""
+    out = []
+    for i, (value, quantizer) in enumerate(zip(operands, setting, strict=True)):
+        if quantizer is not None:
+            axis = site.contracting(i)
+            sync = site.operands[i].split_over(quantizer.shared_axes(value.shape, axis))
+            value = quantizer.fake_quantize(value, axis, sync=sync)
+        out.append(value)
+    return out
+
+
+def setting_of(site: Site, rule: Rule) -> Setting:
+    """The quantizers of a site's operands under a rule."""
+    out: list[Quantizer | None] = []
+    for operand in site.operands:
+        weight = operand.role == "weight" or (operand.constant and rule.frozen)
+        quantizer = rule.weight if weight else rule.activation
+        if quantizer is not None and site.op == "conv_general_dilated" and not weight:
+            if quantizer.granularity.kind == "example":  # all but the batch, wherever it is
+                quantizer = dataclasses.replace(quantizer, granularity="token")
+        out.append(quantizer)
+    return tuple(out)
+
+
+def why_not(site: Site, rule: Rule) -> str:
+    """Why a rule that matches a site leaves it alone; empty if it does not.
+
+    Raises:
+      SiteError: the site hides a matmul where it cannot be changed, or is owned already.
+    """
+    reads_data = any(o.role == "activation" and not o.constant for o in site.operands)
+    if site.opaque:
+        if rule.leaves_alone or not (site.weights and reads_data):
+            return f"{site.op} on no parameter"
+        raise SiteError(
+            f"`{site.name}` ({site.op}, {site.source}) hides a matmul that reads "
+            f"`{site.operands[site.weights[0]].path}`, and what it computes cannot be changed "
+            f"from outside. Rewrite it with jax.lax operations, or leave it in float with "
+            f'Rule("{site.name}", None).'
+        )
+    if not site.floating:
+        return "operands are not real floating-point numbers"
+    constant = any(o.constant for o in site.operands)
+    if not site.weights:
+        if constant and reads_data:
+            return "" if rule.frozen else "reads no parameter, only a constant"
+        if constant:
+            return "computed from constants only"
+        return "" if rule.op == site.op else "product of two activations"
+    if not reads_data and site.op != "gather":
+        return "computed from parameters only: its result is stored"
+    if any("quantize" in o.owners for o in site.operands):
+        raise SiteError(
+            f"`{site.name}` is already quantized by another recipe, and rule "
+            f"{rule.pattern!r} would quantize it again. Exclude it with "
+            f'Rule("{site.name}", None), or merge the two recipes.'
+        )
+    return ""
+
+
+def _share(
+    sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str, Rule]
+) -> dict[str, Setting]:
+    """Gives every other use of an array the weight format of a rule that is `shared`."""
+    tables = {
+        o.path: settings[s.name][i]
+        for s in sites
+        if s.name in rules and rules[s.name].shared
+        for i, o in enumerate(s.operands)
+        if o.role == "weight"
+    }
+    out = {}
+    for site in sites:
+        if site.name in settings:
+            pairs = zip(site.operands, settings[site.name], strict=True)
+            out[site.name] = tuple(
+                tables.get(o.path, q) if o.role == "weight" and q is not None else q
+                for o, q in pairs
+            )
+    return out
+
+
+def _agree(sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str, Rule]) -> None:
+    """One array, one format: raises where two rules give a weight different quantizers."""
+    seen: dict[str, tuple[Site, Quantizer | None]] = {}
+    for site in sites:
+        if site.opaque or not site.floating:
+            continue
+        setting = settings.get(site.name, (None,) * len(site.operands))
+        for operand, quantizer in zip(site.operands, setting, strict=True):
+            if operand.role != "weight" or len(site.weights) == 2:
+                continue
+            first, other = seen.setdefault(operand.path, (site, quantizer))
+            if other == quantizer:
+                continue
+            a, b = (describe(q) for q in (other, quantizer))
+            raise RecipeError(
+                f"two rules give `{operand.path}` two formats: {a} at `{first.name}` "
+                f"({first.op}) and {b} at `{site.name}` ({site.op}). One array has one format: "
+                "let one rule match both, or set shared=True on the rule that decides."
+            )
+
+
+def _fits(site: Site, setting: Setting) -> None:
+    for i, (operand, quantizer) in enumerate(zip(site.operands, setting, strict=True)):
+        if quantizer is None:
+            continue
+        try:
+            quantizer.check(operand.shape, site.contracting(i))
+        except FormatError as e:
+            raise SiteError(
+                f"{describe(quantizer)} does not fit `{site.name}` ({operand.role} {list(operand.shape)} "
+                f"of {site.op}): {e} Or leave the site alone with "
+                f'Rule("{site.name}", None).'
+            ) from None
+
+
+def describe(quantizer: Quantizer | None) -> str:
+    """`int4 per group:32`, or `float` for None."""
+    return f"{quantizer.format.name} per {quantizer.granularity}" if quantizer else "float"
+
+
+def _listed(sites: Sequence[Site]) -> str:
+    return ", ".join(f"`{s.name}`" for s in sites[:5]) + (" ..." if len(sites) > 5 else "") or "none"
+
+
+def _unmatched(
+    rule: Rule, matched: Sequence[Site], sites: Sequence[Site], parameters: Sequence[str]
+) -> None:
+    """Raises: says why a rule that must match did not."""
+    where = "".join(f", {k}={getattr(rule, k)!r}" for k in ("op", "source") if getattr(rule, k))
+    head = f"rule {rule.pattern!r}{where} matches nothing that can be compressed"
+    if matched:
+        site = matched[0]
+        raise RecipeError(f"{head}: `{site.name}` ({site.op}) is left alone: {why_not(site, rule)}.")
+    named = [p for p in parameters if matches(rule.pattern, p)]
+    if named and rule.leaves_alone:
+        return  # it names a norm or a bias, which stays in float anyway
+    if named:
+        raise RecipeError(
+            f"{head}: it names the parameter `{named[0]}`, which no matmul, convolution or "
+            "embedding reads (norms, biases and integers stay as they are). Remove the rule."
+        )
+    raise RecipeError(
+        f"{head}. Nearest sites: {nearest(rule.pattern, [s.name for s in sites])}. "
+        "jaxcompress.sites(fn)(*args) lists all of them."
+    )
+
+
+def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) -> Callable:
+    """Returns `fn` with the operands of its matmuls, convolutions and embeddings quantized.
+
+    At every chosen site x becomes q(x), the nearest value of its format, and the gradient passes
+    straight through: d q(x) = dx. Everything else, control flow and user-defined derivatives
+    included, is as before, and the result composes with jit, grad, jvp, vmap, scan, remat and
+    shard_map. What `fn` differentiates inside (a train step, a gradient penalty) is quantized
+    before it is differentiated.
+
+    Args:
+      fn: a forward pass, a loss, or a function that calls `jax.grad` and its relatives.
+      recipe: name of a recipe, or a `Recipe`.
+      argnums: position (or name) of the argument that holds the parameters, or several.
+
+    Returns:
+      A function with the signature of `fn`.
+
+    Raises:
+      RecipeError: unknown recipe, or (when called) a rule that matches nothing or two rules
+        that disagree on one array.
+      SiteError: a matched operation cannot be handled; a group that does not divide.
+
+    >>> import jax, jax.numpy as jnp
+    >>> loss = lambda w, x: ((x @ w) ** 2).sum()
+    >>> w, x = jnp.array([[0.3], [1.0]]), jnp.array([[2.0, 1.0]])
+    >>> jax.grad(quantize_aware(loss, "w8a8"))(w, x).shape
+    (2, 1)
+
+    References: Jacob et al. 2018 (fake quantization); Bengio et al. 2013 (straight-through).
+    """
+    return stateless(fn, QuantizeAware(recipes.get(recipe)), argnums)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake quantization written by hand, with jax.numpy alone: what every transform is compared with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fake(x: jax.Array, axis: int | tuple[int, ...] | None, top: float = 127.0) -> jax.Array:
+    """round(x / s) * s with s = max|x| / top over `axis`, and a straight-through gradient."""
+
+    @jax.custom_jvp
+    def f(x):
+        v = x.astype(jnp.float32)
+        absmax = jnp.max(jnp.abs(v), axis=axis, keepdims=True)
+        s = jnp.where(absmax == 0, 1.0, absmax / top)
+        return (jnp.clip(jnp.round(v / s), -top, top) * s).astype(x.dtype)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0]))
+    return f(x)
+
+
+def weight(w: jax.Array, axis: int | tuple[int, ...] = 0) -> jax.Array:
+    """int8 per channel: one scale for all values that one output sums over."""
+    return fake(w, axis)
+
+
+def token(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """int8 per token: one scale for all values that one output sums over."""
+    return fake(x, axis)
+
+
+def assert_same(got, want, tolerance: float = 0.0) -> None:
+    """Every leaf of `got` is within `tolerance` of `want`, relative to its largest value."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+        if not np.issubdtype(np.asarray(a).dtype, np.inexact) and a.dtype != jnp.bfloat16:
+            np.testing.assert_array_equal(a, b)
+            continue
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        bound = tolerance * max(np.max(np.abs(b), initial=0.0), 1e-30)
+        error = np.max(np.abs(a - b), initial=0.0)
+        assert error <= bound, f"error {error:.3g} above {bound:.3g}"
+        assert np.isfinite(b).all(), "the twin itself is not finite"
+
+
+def values_and_gradients(f, *args):
+    """Result and gradients of the sum of squares with respect to the first two arguments."""
+
+    def loss(*args):
+        return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in jax.tree.leaves(f(*args)))
+
+    return jax.jit(f)(*args), jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
+
+
+def assert_twins(transformed, twin, *args, tolerance: float = 0.0) -> None:
+    """Values and gradients of a transformed function equal those of its hand-written twin."""
+    assert_same(
+        values_and_gradients(transformed, *args), values_and_gradients(twin, *args), tolerance
+    )

@@ -5,6 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxcompress as jc
+
+
+# Where JAX or XLA adds the same numbers in another order (fusion inside a loop, cotangents that
+# meet), results differ by the rounding of float32: a few times 2**-24 of the largest value.
+ROUNDING = 1e-6
+
 
 def fake(x: jax.Array, axis: int | tuple[int, ...] | None, top: float = 127.0) -> jax.Array:
     """round(x / s) * s with s = max|x| / top over `axis`, and a straight-through gradient."""
@@ -46,12 +53,18 @@ def assert_same(got, want, tolerance: float = 0.0) -> None:
 
 
 def values_and_gradients(f, *args):
-    """Result and gradients of the sum of squares with respect to the first two arguments."""
+    """Result and gradients of the sum of squares with respect to what floats among the first two."""
 
     def loss(*args):
         return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in jax.tree.leaves(f(*args)))
 
-    return jax.jit(f)(*args), jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
+    wrt = tuple(i for i, a in enumerate(args[:2]) if all(map(floats, jax.tree.leaves(a))))
+    return jax.jit(f)(*args), jax.jit(jax.grad(loss, argnums=wrt))(*args)
+
+
+def floats(x) -> bool:
+    """Whether a leaf can be differentiated."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def assert_twins(transformed, twin, *args, tolerance: float = 0.0) -> None:
@@ -59,3 +72,13 @@ def assert_twins(transformed, twin, *args, tolerance: float = 0.0) -> None:
     assert_same(
         values_and_gradients(transformed, *args), values_and_gradients(twin, *args), tolerance
     )
+
+
+def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
+    """Standard normal values, the same for the same seed."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def names(fn, *args, argnums=0) -> list[str]:
+    """Names of all sites of a function."""
+    return [site.name for site in jc.sites(fn, argnums)(*args)]

@@ -88,12 +88,16 @@ def call_jvp_rule(params: dict, count: int) -> tuple[Any, list, list[bool]]:
     return params["jvp_jaxpr_fun"].call_wrapped(*[False] * (count - params["num_consts"]))
 
 
-def call_forward_rule(params: dict, count: int) -> tuple[Any, list]:
-    """The user's forward rule of a custom_vjp call as (jaxpr, constants)."""
+def call_forward_rule(params: dict, count: int) -> tuple[Any, list, list]:
+    """The user's forward rule of a custom_vjp call: (jaxpr, constants, leading arguments).
+
+    What the rule closes over are constants in jax 0.10 and leading arguments in jax 0.12.
+    """
     thunk = params["fwd_jaxpr_thunk"].call_wrapped(*[True] * (count - params["num_consts"]))
     jaxpr, consts = thunk
     jaxpr, merged = open_jaxpr(jaxpr)
-    return jaxpr, list(consts) or merged
+    consts, k = list(consts) or merged, len(jaxpr.constvars)
+    return jaxpr, consts[:k], consts[k:]
 
 
 def forwarded_residuals(params: dict) -> list:

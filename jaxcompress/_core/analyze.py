@@ -17,7 +17,7 @@ from jax.extend.core import Literal
 
 from . import _compat, dimensions
 from .provenance import CONSTANT, DATA, Label, canonical, join, renumber, transfer
-from .sites import OPERATIONS, Operand, Plan, Site
+from .sites import LOOKUPS, OPERATIONS, Operand, Plan, Site, row_axes
 
 MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
 FAKE = MARK + "fake_"  # jaxcompress_fake_quantize: the value is owned by the kind after the prefix
@@ -65,6 +65,7 @@ class Analysis:
     owned: set[str] = dataclasses.field(default_factory=set)
     outputs: list[Label] = dataclasses.field(default_factory=list)
     layers: frozenset[int] = frozenset()  # depths of scans over which some weight is a slice
+    experts: frozenset[int] = frozenset()  # parameters of which data chose a matmul's weight
 
     @property
     def empty(self) -> bool:
@@ -141,6 +142,7 @@ class _State(NamedTuple):
             self.found.owned |= analysis.owned
             layers = analysis.layers - ({scan} if scan is not None else set())
             self.found.layers |= layers
+            self.found.experts |= frozenset(numbers[n] for n in analysis.experts)
         if any(a.drafts or a.calls for a, _ in bodies):
             self.found.calls[i] = Call(bodies, scan, length)
 
@@ -167,10 +169,10 @@ def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
 def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
     labels = ins[: OPERATIONS[eqn.primitive.name]]
     roles = ["weight" if label.weight else "activation" for label in labels]
-    if eqn.primitive.name == "gather":
-        # An embedding is read by data; static indices only pick a part of a weight.
+    if eqn.primitive.name in LOOKUPS:
+        # An embedding is read by data, row by row; static indices only pick a part of a weight.
         by_data = any(label.data or label.chosen for label in ins[1:])
-        if not labels[0].weight or labels[0].chosen or not by_data:
+        if not labels[0].weight or labels[0].chosen or not by_data or not row_axes(eqn):
             return
     elif roles == ["weight", "weight"] and labels[0].chosen != labels[1].chosen:
         # emb[ids] @ w: the rows that data chose are the activation.
@@ -178,6 +180,7 @@ def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
     for label, role in zip(labels, roles, strict=True):
         if role == "weight":
             state.found.layers |= label.scans
+            state.found.experts |= label.params if label.chosen else frozenset()
     state.found.drafts[i] = Draft(tuple(labels), tuple(roles), False, eqn)
 
 
@@ -190,7 +193,7 @@ def _hides_matmul(eqn: Any) -> bool:
     todo = list(_compat.inner_jaxprs(eqn.params))
     while todo:
         for inner in _compat.open_jaxpr(todo.pop())[0].eqns:
-            if inner.primitive.name in OPERATIONS and inner.primitive.name != "gather":
+            if inner.primitive.name in OPERATIONS.keys() - LOOKUPS:
                 return True
             todo += _compat.inner_jaxprs(inner.params)
     return False
@@ -220,14 +223,14 @@ def _call(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
 
 
 def _custom_vjp(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+    inputs = ins[eqn.params["num_consts"] :]
     primal = state.enter(eqn.params["call_jaxpr"], ins)
     if primal[0].empty:
         return primal[2]
     # The user's forward rule computes the same sites again, under the same names.
-    jaxpr, consts = _compat.call_forward_rule(eqn.params, len(ins))
-    inputs = ins[eqn.params["num_consts"] :]
-    forward = state.enter(jaxpr, inputs)
-    state.found.extra[i] = (jaxpr, consts)
+    rule = _compat.call_forward_rule(eqn.params, len(ins))
+    forward = state.enter(rule[0], [*(CONSTANT for _ in rule[2]), *inputs])
+    state.found.extra[i] = rule
     state.record(i, [primal, forward])
     return primal[2]
 
@@ -351,12 +354,13 @@ _RULES = {
 
 def name_sites(jaxpr: Any, found: Analysis, paths: Sequence[str]) -> Plan:
     """Names the sites of an analysis in program order; `paths` are the parameters by number."""
-    return _Namer(paths).walk(jaxpr, found, list(range(len(paths))), "", ())
+    namer = _Namer(paths, found.experts)
+    return namer.walk(jaxpr, found, list(range(len(paths))), "", ())
 
 
 class _Namer:
-    def __init__(self, paths: Sequence[str]):
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], experts: frozenset[int]):
+        self.paths, self.experts = paths, experts
         self.counts: dict[str, int] = {}
 
     def unique(self, base: str, always: bool) -> str:
@@ -378,6 +382,8 @@ class _Namer:
             eqn = jaxpr.eqns[i]
             inner = "/".join(x for x in (scope, _scope(eqn)) if x)
             if i in found.drafts:
+                if self.picks_expert(found.drafts[i], numbers):
+                    continue
                 site = self.site(found.drafts[i], numbers, inner, loops)
                 plan.sites[i] = site
                 seen.setdefault(site.name, site)
@@ -400,6 +406,12 @@ class _Namer:
         plan.names = frozenset(seen)
         return plan
 
+    def picks_expert(self, draft: Draft, numbers: list[int]) -> bool:
+        """Whether this looks up whole matrices that a matmul then reads as its weight."""
+        if draft.eqn.primitive.name not in LOOKUPS or len(row_axes(draft.eqn)) < 2:
+            return False
+        return any(numbers[n] in self.experts for n in draft.labels[0].params)
+
     def site(self, draft: Draft, numbers: list[int], scope: str, loops: tuple) -> Site:
         eqn, operands, used = draft.eqn, [], []
         scans: frozenset[int] = frozenset()
@@ -415,13 +427,14 @@ class _Namer:
             operands.append(
                 Operand(role, path, shape, dtype, constant, label.manual, label.owners)
             )
+        op = "gather" if eqn.primitive.name in LOOKUPS else eqn.primitive.name
         base = used[0] if used and not draft.opaque else ""
         if not base:
-            base = "/".join(x for x in (scope, eqn.primitive.name) if x)
+            base = "/".join(x for x in (scope, op) if x)
         layered = tuple(d in scans or (layers and not used) for d, _, layers in loops)
         return Site(
             name=self.unique(base, always=not used or draft.opaque),
-            op=eqn.primitive.name,
+            op=op,
             operands=tuple(operands),
             out_avals=tuple(v.aval for v in eqn.outvars),
             scope=scope,

@@ -23,7 +23,7 @@ from . import _compat
 from .analyze import MARK
 from .provenance import CONSTANT, Label
 from .sites import Site
-from .staging import Staged, split, stage
+from .staging import Packed, Staged, split, stage
 
 SCOPE = jax.make_user_context(None)
 
@@ -32,23 +32,34 @@ class Scope:
     """One tracing of a function whose inner derivatives are to be seen.
 
     Attributes:
-      region: makes the transformed function from (fn, labels of its arrays, labels of what it
-        closes over or None where roles are not known, the list of sites to add to).
+      region: makes the transformed function from (fn, labels of its arrays or None where roles
+        are not known, labels of what it closes over by their count, this scope).
+      name: of the jit around each transformed function.
       marks: labels found by the first tracing; None during the first one.
+      outer: the scope of another transform around this one, which changes what is differentiated
+        after this one did.
       count: how many functions were differentiated so far.
       sites: sites found inside them.
     """
 
-    def __init__(self, region: Callable | None, marks: dict[str, Label] | None = None):
-        self.region, self.marks = region, marks
+    def __init__(
+        self,
+        region: Callable | None = None,
+        name: str = "",
+        marks: dict[str, Label] | None = None,
+        outer: Scope | None = None,
+    ):
+        self.region, self.name, self.marks, self.outer = region, name, marks, outer
         self.count = 0
         self.sites: list[Site] = []
 
 
 def _hook(fn: Callable, primals: tuple) -> tuple[Callable, tuple] | None:
     scope: Scope | None = SCOPE.value
-    if scope is None:
-        return None
+    return None if scope is None else _enter(scope, fn, primals)
+
+
+def _enter(scope: Scope, fn: Callable, primals: tuple) -> tuple[Callable, tuple]:
     k, scope.count = scope.count, scope.count + 1
     call, arrays = split((primals, {}))
     if scope.marks is None:
@@ -66,7 +77,28 @@ def _hook(fn: Callable, primals: tuple) -> tuple[Callable, tuple] | None:
         return [marks.get(f"{prefix}closure/{i}", CONSTANT) for i in range(count)]
 
     assert scope.region is not None
-    return scope.region(fn, ins, closure, scope), primals
+    fn = _named(scope, scope.region(fn, ins, closure, scope))
+    if scope.outer is not None:
+        fn, primals = _enter(scope.outer, fn, primals)
+        fn = _named(scope, fn)  # so that this transform does not enter what the other one made
+    return fn, primals
+
+
+def _named(scope: Scope, fn: Callable) -> Callable:
+    """`fn` under a jit with the name of the scope, traced in the context around the scope."""
+
+    def packed(inputs: Packed) -> Packed:
+        args, kwargs = inputs.unpack()
+        return Packed.pack(fn(*args, **kwargs))
+
+    packed.__name__ = packed.__qualname__ = scope.name
+    jitted = jax.jit(packed)
+
+    def run(*args, **kwargs):
+        with SCOPE(scope.outer if SCOPE.value is scope else SCOPE.value):
+            return jitted(Packed.pack((args, kwargs))).unpack()
+
+    return run
 
 
 def _mark(x: Any, name: str) -> Any:
@@ -89,7 +121,7 @@ def install() -> None:
 
 def _canary() -> bool:
     """Differentiates a one-matmul function under a scope and looks whether it was seen."""
-    scope = Scope(None)
+    scope = Scope()
     with SCOPE(scope):
         jax.make_jaxpr(jax.grad(lambda w: (w @ w).sum()))(jnp.ones((2, 2)))
         jax.make_jaxpr(lambda w: jax.jvp(lambda w: w @ w, (w,), (w,)))(jnp.ones((2, 2)))

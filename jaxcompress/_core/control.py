@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _compat
+from . import _compat, fold
 from .analyze import CALLS
 from .interpret import Runtime, evaluate, pick
 from .sites import Plan
@@ -42,8 +42,10 @@ def _zeros(tree: Any) -> Any:
 
 
 def jit(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
-    """Evaluated in place, since the caller is under jit; explicit shardings are kept."""
-    p = eqn.params
+    """One jit for all calls of the same jaxpr; explicit shardings are kept."""
+    p, plan = eqn.params, plans[0]
+    inner, _ = _compat.open_jaxpr(p["jaxpr"])
+    names = tuple(s.name for s in plan.everything)
 
     def constrain(v: Any, sharding: Any) -> Any:
         if _compat.is_unspecified(sharding):
@@ -51,8 +53,13 @@ def jit(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
         return lax.with_sharding_constraint(v, sharding)
 
     values = [constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
-    with jax.named_scope(p["name"]):
-        outs = _run(p["jaxpr"], plans[0], values, runtime)
+    outs = runtime.call(
+        (id(inner), fold.signature(plan.everything, runtime.settings)),
+        names,
+        lambda values, runtime: _run(p["jaxpr"], plan, values, runtime),
+        values,
+        p["name"],
+    )
     return [constrain(v, s) for v, s in zip(outs, p["out_shardings"], strict=True)]
 
 
@@ -172,7 +179,7 @@ def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, extra: An
     """The primal and the user's forward rule are transformed; the backward rule is kept."""
     p, names = eqn.params, _names(plans)
     primal_plan, forward_plan = plans
-    jaxpr, consts = extra
+    jaxpr, consts, leading = extra
     skip, count = p["num_consts"], len(eqn.outvars)
 
     @jax.custom_vjp
@@ -182,7 +189,7 @@ def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, extra: An
 
     def forward(args, learned, state):
         inner = runtime.child(learned, state)
-        outs = evaluate(forward_plan, jaxpr, consts, list(args[skip:]), inner)
+        outs = evaluate(forward_plan, jaxpr, consts, [*leading, *args[skip:]], inner)
         made, outs = iter(outs[: len(outs) - count]), outs[len(outs) - count :]
         residuals = [
             next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)

@@ -2,19 +2,21 @@
 """Runs a jaxpr again under whatever trace is current, with a transform applied at its sites.
 
 Ordinary equations are bound unchanged; control flow that contains a chosen site is issued again
-through JAX's public functions (`_core/control.py`); everything else is not touched.
+through JAX's public functions (`_core/control.py`); everything else is not touched. What repeats
+is evaluated once and called (`_core/fold.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import Literal
 
-from . import _compat
-from .sites import Plan
+from . import _compat, fold
+from .sites import Plan, Site
 
 
 @dataclasses.dataclass
@@ -26,16 +28,47 @@ class Runtime:
       settings: by site name, what the transform chose to do there.
       learned: by site name, pytrees that are differentiated (step sizes).
       state: by site name, pytrees that come in and go out (statistics, taps).
+      calls: functions made for what is called more than once.
     """
 
     transform: Any
     settings: Mapping[str, Any]
     learned: Mapping[str, Any]
     state: dict[str, Any]
+    calls: dict[Any, tuple[Callable, Sequence[str]]] = dataclasses.field(default_factory=dict)
 
     def child(self, learned: Mapping[str, Any], state: Mapping[str, Any]) -> Runtime:
         """A runtime for the inside of a loop, a branch or a rule."""
-        return Runtime(self.transform, self.settings, learned, dict(state))
+        return Runtime(self.transform, self.settings, learned, dict(state), self.calls)
+
+    def call(
+        self,
+        key: Any,
+        names: Sequence[str],
+        body: Callable[[Sequence, Runtime], list],
+        values: Sequence,
+        label: str,
+    ) -> list:
+        """Calls `body(values, runtime)` through a jit that all calls with this key share.
+
+        `names` are the sites of this call; the first call's `body` serves all of them, so their
+        number and order must be those of its own sites.
+        """
+        if key not in self.calls:
+
+            def shared(values, learned, state):
+                inner = self.child(learned, state)
+                return body(values, inner), inner.state
+
+            shared.__name__ = shared.__qualname__ = label
+            self.calls[key] = jax.jit(shared), names
+        function, known = self.calls[key]
+        pairs = list(dict.fromkeys(zip(known, names, strict=True)))
+        learned = {a: self.learned[b] for a, b in pairs if b in self.learned}
+        state = {a: self.state[b] for a, b in pairs if b in self.state}
+        outs, new = function(values, learned, state)
+        self.state.update({b: new[a] for a, b in pairs if a in new})
+        return outs
 
 
 def pick(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -50,44 +83,54 @@ def evaluate(
 
     Writes new state into `runtime.state`.
     """
-    from .control import RULES  # the two modules call each other
-
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    steps = fold.schedule(plan, jaxpr, runtime.settings)
+    _run(steps, env, plan, jaxpr, runtime)
+    return [_read(env, v) for v in jaxpr.outvars]
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
 
-    last = _last_uses(jaxpr)
-    for i, eqn in enumerate(jaxpr.eqns):
-        values = [read(v) for v in eqn.invars]
+def _read(env: dict, v: Any) -> Any:
+    return v.val if isinstance(v, Literal) else env[v]
+
+
+def _run(steps: Sequence, env: dict, plan: Plan, jaxpr: Any, runtime: Runtime) -> None:
+    from .control import RULES  # the two modules call each other
+
+    for step in steps:
+        if isinstance(step, fold.Block):
+            outs = _call_block(step, env, plan, jaxpr, runtime)
+            env.update(zip(step.outputs, outs, strict=True))
+            continue
+        eqn = jaxpr.eqns[step]
+        values = [_read(env, v) for v in eqn.invars]
         with _compat.equation_scope(eqn):
-            if i in plan.sites:
-                outs = _apply(plan.sites[i], eqn, values, runtime)
-            elif i in plan.calls:
+            if step in plan.sites:
+                outs = _apply(plan.sites[step], eqn, values, runtime)
+            elif step in plan.calls:
                 rule = RULES[eqn.primitive.name]
-                outs = rule(eqn, values, plan.calls[i], runtime, plan.extra.get(i))
+                outs = rule(eqn, values, plan.calls[step], runtime, plan.extra.get(step))
             else:
                 outs = _compat.bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
-        for v in last.get(i, ()):
-            env.pop(v, None)
-    return [read(v) for v in jaxpr.outvars]
 
 
-def _last_uses(jaxpr: Any) -> dict[int, list]:
-    """Variables that no equation after this one reads, so that their values can be freed."""
-    kept, out = set(v for v in jaxpr.outvars if not isinstance(v, Literal)), {}
-    seen = set()
-    for i in range(len(jaxpr.eqns) - 1, -1, -1):
-        for v in jaxpr.eqns[i].invars:
-            if not isinstance(v, Literal) and v not in seen and v not in kept:
-                seen.add(v)
-                out.setdefault(i, []).append(v)
-    return out
+def _call_block(block: fold.Block, env: dict, plan: Plan, jaxpr: Any, runtime: Runtime) -> list:
+    def body(values: Sequence, inner: Runtime) -> list:
+        local = dict(zip(block.inputs, values, strict=True))
+        _run(range(block.start, block.start + block.length), local, plan, jaxpr, inner)
+        return [local[v] for v in block.outputs]
+
+    return runtime.call(
+        (id(jaxpr), block.model, block.length, block.signature),
+        block.sites,
+        body,
+        [env[v] for v in block.inputs],
+        "jaxcompress_block",
+    )
 
 
-def _apply(site: Any, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
+def _apply(site: Site, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
     count = len(site.operands)
 
     def bind(*operands: Any, **changed: Any) -> Any:

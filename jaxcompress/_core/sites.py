@@ -18,7 +18,17 @@ OPERATIONS = {
     "ragged_dot_general": 2,
     "ragged_dot": 2,
     "gather": 1,
+    "dynamic_slice": 1,
 }
+LOOKUPS = frozenset({"gather", "dynamic_slice"})  # both are `op="gather"`: table[ids], table[i]
+
+
+def row_axes(eqn: Any) -> tuple[int, ...]:
+    """Dimensions of a table that a lookup reads whole: a row of it."""
+    shape = eqn.invars[0].aval.shape
+    return tuple(
+        d for d, n in enumerate(eqn.params["slice_sizes"]) if n == shape[d] and n > 1
+    )
 
 
 class Operand(NamedTuple):
@@ -55,7 +65,7 @@ class Site:
     Attributes:
       name: the weight's key path (`a+b` when it derives from two), `#1` when it is used again;
         without a weight `<name stack>/<primitive>#k`.
-      op: name of the primitive.
+      op: name of the primitive; `gather` for every lookup in a table.
       operands: the operands that matter, as `Operand`s.
       out_avals: shapes and dtypes of the results.
       scope: name stack, such as the path of the module.
@@ -117,9 +127,7 @@ class Site:
             numbers = p["dimension_numbers"]
             return tuple((numbers.lhs_spec, numbers.rhs_spec)[i][1:])
         if self.op == "gather":
-            slices, shape = p["slice_sizes"], self.operands[0].shape
-            within = tuple(d for d, n in enumerate(shape) if slices[d] == n and n > 1)
-            return within or (len(shape) - 1,)
+            return row_axes(self.eqn)
         raise AssertionError(f"{self.op} contracts nothing")
 
 

@@ -31,9 +31,20 @@ class Static:
         return self.value is other.value or bool(self.value == other.value)
 
 
-def is_array(x: Any) -> bool:
-    """Whether a leaf is traced: arrays, tracers, Python floats; not ints, bools, strings."""
-    kinds = (jax.Array, np.ndarray, np.generic, float, complex, jax.ShapeDtypeStruct)
+def is_float(x: Any) -> bool:
+    """Whether a leaf is a float or complex number of Python."""
+    return isinstance(x, (float, complex)) and not isinstance(x, np.generic)
+
+
+def is_array(x: Any, floats: bool = True) -> bool:
+    """Whether a leaf is traced: arrays, tracers, Python floats; not ints, bools, strings.
+
+    Args:
+      floats: whether Python's floats and complex numbers are traced too.
+    """
+    if is_float(x):
+        return floats
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     return isinstance(x, kinds) and getattr(x, "dtype", None) != np.dtype(object)
 
 
@@ -59,8 +70,8 @@ class Packed(NamedTuple):
     arrays: list
 
     @classmethod
-    def pack(cls, value: Any) -> Packed:
-        return cls(*split(value))
+    def pack(cls, value: Any, floats: bool = True) -> Packed:
+        return cls(*split(value, floats))
 
     def unpack(self) -> Any:
         return self.call.merge(self.arrays)
@@ -73,10 +84,10 @@ class Packed(NamedTuple):
         return cls(call, list(arrays))
 
 
-def split(value: Any) -> tuple[Call, list]:
+def split(value: Any, floats: bool = True) -> tuple[Call, list]:
     """Splits a pytree into (what is kept aside, the arrays)."""
     leaves, tree = jax.tree_util.tree_flatten(value)
-    traced = tuple(map(is_array, leaves))
+    traced = tuple(is_array(x, floats) for x in leaves)
     static = tuple(Static(x) for x, t in zip(leaves, traced, strict=True) if not t)
     return Call(tree, traced, static), [x for x, t in zip(leaves, traced, strict=True) if t]
 

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
+import inspect
+import itertools
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +23,7 @@ from .analyze import MARK, OPAQUE, Analyzer, name_sites
 from .interpret import Runtime, evaluate
 from .provenance import DATA, Label, key_path
 from .sites import Plan, Site
-from .staging import Call, Packed, Staged, is_array, split, stage
+from .staging import Call, Packed, Staged, is_array, is_float, split, stage
 
 ArgNums = int | str | Sequence[int | str]
 
@@ -83,119 +88,127 @@ class Traced(NamedTuple):
         return self.staged.rebuild(outs)
 
 
-def mark_of(transform: Transform) -> str:
-    """Name of the regions that this transform emits; the same in every process."""
-    return f"{MARK}{transform.kind}_{zlib.crc32(repr(transform).encode()):08x}"
+def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:
+    """Name of the regions that this transform emits; the same in every process.
 
-
-def _analyze(
-    fn: Callable,
-    transform: Transform,
-    call: Call,
-    arrays: Sequence,
-    labels: Sequence[Label],
-    closure: Callable[[int], list[Label]],
-    paths: Sequence[str],
-) -> tuple[Staged, Plan, list[Site], bool]:
-    """Traces and analyses: (jaxpr, plan, all sites, whether some region is ours already)."""
-    autodiff.install()
-    mark = mark_of(transform)
-
-    def once(scope: autodiff.Scope):
-        analyzer = Analyzer(mark)
-        with autodiff.SCOPE(scope), _compat.classic_custom_rules():
-            staged = stage(fn, call, arrays)
-            constants = closure(len(staged.consts))
-            found = analyzer.analyze(staged.jaxpr, labels, constants=constants)
-        return staged, found
-
-    first = autodiff.Scope(None)
-    staged, found = once(first)
-    inside: list[Site] = []
-    if first.count:
-        region = functools.partial(_region, transform, paths)
-        second = autodiff.Scope(region, found.marks)
-        staged, found = once(second)
-        inside = second.sites
-        if second.count != first.count:
-            raise SiteError(
-                f"{name_of(fn)} differentiates {first.count} functions when it is traced once "
-                f"and {second.count} when it is traced again. Its trace must not depend on "
-                "Python state that it changes; wrap the loss instead of the whole step."
-            )
-    plan = name_sites(staged.jaxpr, found, paths)
-    return staged, plan, [*plan.everything, *inside], bool(found.owned)
-
-
-def _region(
-    transform: Transform,
-    paths: Sequence[str],
-    fn: Callable,
-    labels: Sequence[Label] | None,
-    closure: Callable[[int], list[Label]],
-    scope: autodiff.Scope,
-) -> Callable:
-    """`fn`, which is about to be differentiated, transformed.
-
-    `labels` is None where nothing is known of parameters: what is differentiated are they.
+    Other argnums than the usual make another mark: the same recipe on other parameters is not
+    the same transform.
     """
-
-    def transformed(*args):
-        call, arrays = split((args, {}))
-        known, names = labels, paths
-        if labels is None:
-            known, leaves = label_arguments(args, {}, range(len(args)))
-            names = [path for path, _ in leaves]
-        staged, plan, sites, _ = _analyze(fn, transform, call, arrays, known, closure, names)
-        scope.sites += sites
-        settings = transform.choose(plan.everything)
-        traced = Traced(plan.select(frozenset(settings)), staged, settings, (), ())
-        return traced.run(arrays, Runtime(transform, settings, {}, {}))
-
-    if transform.stateful:
-        return _named(OPAQUE, fn)
-    return _named(mark_of(transform), transformed)
+    key = repr(transform) if tuple(argnums) == (0,) else repr((transform, tuple(argnums)))
+    return f"{MARK}{transform.kind}_{zlib.crc32(key.encode()):08x}"
 
 
-def _named(name: str, fn: Callable) -> Callable:
-    """`fn` under a jit of this name."""
+class _Region(NamedTuple):
+    """How a function, or a part of it that is differentiated, is traced and analysed."""
 
-    def packed(inputs: Packed) -> Packed:
-        args, kwargs = inputs.unpack()
-        return Packed.pack(fn(*args, **kwargs))
+    transform: Transform
+    mark: str
 
-    packed.__name__ = packed.__qualname__ = name
-    jitted = jax.jit(packed)
+    def analyze(
+        self,
+        fn: Callable,
+        call: Call,
+        arrays: Sequence,
+        labels: Sequence[Label],
+        closure: Callable[[int], list[Label]],
+        paths: Sequence[str],
+    ) -> tuple[Staged, Plan, list[Site], bool]:
+        """(jaxpr, plan, all sites, whether some part was transformed like this before)."""
+        autodiff.install()
 
-    def run(*args, **kwargs):
-        with autodiff.SCOPE(None):
-            return jitted(Packed.pack((args, kwargs))).unpack()
+        def once(scope: autodiff.Scope):
+            analyzer = Analyzer(self.mark)
+            with autodiff.SCOPE(scope), _compat.classic_custom_rules():
+                staged = stage(fn, call, arrays)
+                constants = closure(len(staged.consts))
+                found = analyzer.analyze(staged.jaxpr, labels, constants=constants)
+            return staged, found
 
-    return run
+        outer = autodiff.SCOPE.value
+        first = autodiff.Scope()
+        staged, found = once(first)
+        inside: list[Site] = []
+        if first.count:
+            name = OPAQUE if self.transform.stateful else self.mark
+            region = functools.partial(self.differentiated, paths)
+            second = autodiff.Scope(region, name, found.marks, outer)
+            staged, found = once(second)
+            inside = second.sites
+            if second.count != first.count:
+                raise SiteError(
+                    f"{name_of(fn)} differentiates {first.count} functions when it is traced once "
+                    f"and {second.count} when it is traced again. Its trace must not depend on "
+                    "Python state that it changes; wrap the loss instead of the whole step."
+                )
+        plan = name_sites(staged.jaxpr, found, paths)
+        return staged, plan, [*plan.everything, *inside], bool(found.owned)
+
+    def differentiated(
+        self,
+        paths: Sequence[str],
+        fn: Callable,
+        labels: Sequence[Label] | None,
+        closure: Callable[[int], list[Label]],
+        scope: autodiff.Scope,
+    ) -> Callable:
+        """`fn`, which is about to be differentiated, transformed.
+
+        `labels` is None where nothing is known of parameters: what is differentiated are they.
+        """
+
+        def transformed(*args):
+            call, arrays = split((args, {}))
+            known, names = labels, paths
+            if labels is None:
+                known, leaves = label_arguments(args, {}, range(len(args)))
+                names = [path for path, _ in leaves]
+            staged, plan, sites, _ = self.analyze(fn, call, arrays, known, closure, names)
+            scope.sites += sites
+            settings = self.transform.choose(plan.everything)
+            traced = Traced(plan.select(frozenset(settings)), staged, settings, (), ())
+            return traced.run(arrays, Runtime(self.transform, settings, {}, {}))
+
+        return fn if self.transform.stateful else transformed
 
 
 def label_arguments(
-    args: tuple, kwargs: dict, params: Sequence[int | str]
+    args: tuple, kwargs: dict, params: Sequence[int | str], floats: bool = True
 ) -> tuple[list[Label], list[tuple[str, Any]]]:
-    """Labels of the arrays of a call, and (key path, array) of the parameters by number."""
+    """Labels of the arrays of a call, and (key path, array) of the parameters by number.
+
+    Key paths differ: two that read the same (`{"a/b": x}` and `{"a": {"b": y}}`) are spelled out
+    as `['a/b']` and `['a']['b']`, and those of several arguments start with `arg0/`.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    flat = [(path, x) for path, x in flat if is_array(x, floats)]
     heads = [getattr(path[1], "idx", getattr(path[1], "key", None)) for path, _ in flat]
-    names = [key_path(path[2:]) for path, _ in flat]
-    ours = [i for i, (_, x) in enumerate(flat) if heads[i] in params and is_array(x)]
-    several = len({heads[i] for i in ours}) > 1
-    labels, leaves = [], []
-    for i, (_, x) in enumerate(flat):
-        if not is_array(x):
-            continue
-        if heads[i] not in params:
-            labels.append(DATA)
-            continue
-        name = names[i] or f"arg{heads[i]}"
-        if several and any(names[j] == names[i] and heads[j] != heads[i] for j in ours):
-            name = f"arg{heads[i]}/{names[i]}".rstrip("/")
-        labels.append(Label(params=frozenset([len(leaves)])))
-        leaves.append((name, x))
-    return labels, leaves
+    ours = [i for i, head in enumerate(heads) if head in params]
+    names = {i: key_path(flat[i][0][2:]) for i in ours}
+    for i in _ambiguous(names, lambda i: heads[i]):
+        names[i] = jax.tree_util.keystr(flat[i][0][2:])
+    shared = set(_ambiguous(names, lambda i: ""))
+    for i in ours:
+        if i in shared or not names[i]:
+            names[i] = f"arg{heads[i]}/{names[i]}".rstrip("/")
+    numbers = {i: n for n, i in enumerate(ours)}
+    labels = [
+        Label(params=frozenset([numbers[i]])) if i in numbers else DATA for i in range(len(flat))
+    ]
+    return labels, [(names[i], flat[i][1]) for i in ours]
+
+
+def _ambiguous(names: Mapping[int, str], group: Callable[[int], Any]) -> list[int]:
+    """Those whose name is another's too within their group, or ends like `#1`, as a reuse does."""
+    count = collections.Counter((group(i), name) for i, name in names.items())
+    return [i for i, n in names.items() if count[group(i), n] > 1 or re.search(r"#\d+$", n)]
+
+
+# What JAX raises where a function needs the value of an array: `if rate > 0`.
+_NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 class Transformed:
@@ -214,41 +227,57 @@ class Transformed:
                 "its parameters, such as lambda params, x: model.apply(params, x)."
             )
         self.fn, self.transform = fn, transform
-        one = isinstance(argnums, (int, str))
-        self.argnums: tuple[int | str, ...] = (argnums,) if one else tuple(argnums)
+        self.argnums = _positions(argnums)
+        self.floats = True  # whether Python floats are arrays to the function
+        self.region = _Region(transform, mark_of(transform, self.argnums))
 
         def whole(learned: Any, state: Any, inputs: Packed):
-            traced = self._trace(*inputs.unpack())
+            traced = self._trace(inputs)
             runtime = Runtime(transform, traced.settings, learned, dict(state))
             return Packed.pack(traced.run(inputs.arrays, runtime)), runtime.state
 
-        whole.__name__ = whole.__qualname__ = mark_of(transform)
+        whole.__name__ = whole.__qualname__ = self.region.mark
         self._jitted = jax.jit(whole)
 
     def call(self, learned: Any, state: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """(result of the function, new state)."""
-        with autodiff.SCOPE(None):
-            out, state = self._jitted(learned, state, Packed.pack((args, kwargs)))
+        run = functools.partial(self._jitted, learned, state)
+        out, state = self._with_floats(run, args, kwargs)
         return out.unpack(), state
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Traces and analyses only. Arguments may be `jax.ShapeDtypeStruct`s."""
-        with autodiff.SCOPE(None):
-            return self._trace(args, kwargs)
+        return self._with_floats(self._trace, args, kwargs)
 
-    def _trace(self, args: tuple, kwargs: dict) -> Traced:
+    def _with_floats(self, run: Callable[[Packed], Any], args: tuple, kwargs: dict) -> Any:
+        """Runs with Python floats as arrays, or as they are if the function needs their values.
+
+        A learning rate that changes is no new program, but `if rate > 0` must work.
+        """
+        inputs = Packed.pack((args, kwargs), self.floats)
+        try:
+            return run(inputs)
+        except _NEEDS_VALUE:
+            if not any(map(is_float, inputs.arrays)):
+                raise
+        out = run(Packed.pack((args, kwargs), False))
+        self.floats = False
+        return out
+
+    def _trace(self, inputs: Packed) -> Traced:
+        args, kwargs = inputs.unpack()
         params = self._params(args, kwargs)
-        labels, leaves = label_arguments(args, kwargs, params)
-        call, arrays = split((args, kwargs))
+        floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
+        labels, leaves = label_arguments(args, kwargs, params, floats)
         paths = [path for path, _ in leaves]
 
         def closure(count: int) -> list[Label]:
             return [Label()] * count
 
-        staged, plan, sites, covered = _analyze(
-            self.fn, self.transform, call, arrays, labels, closure, paths
+        staged, plan, sites, covered = self.region.analyze(
+            self.fn, inputs.call, inputs.arrays, labels, closure, paths
         )
-        unique = tuple({(s.name, id(s.eqn)): s for s in sites}.values())
+        unique = _distinct(sites)
         if not covered:
             self.transform.check(unique, paths)
         settings = self.transform.choose(plan.everything)
@@ -256,14 +285,20 @@ class Transformed:
         shapes = tuple((path, _shape_of(x)) for path, x in leaves)
         return Traced(kept, staged, settings, unique, shapes)
 
+    def parameters(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
+        """(key path, array) of each parameter among the arguments of a call."""
+        return label_arguments(args, kwargs, self._params(args, kwargs), self.floats)[1]
+
     def _params(self, args: tuple, kwargs: dict) -> tuple[int | str, ...]:
+        """Which arguments of a call hold the parameters: positions, or names of keywords."""
+        names = _positional_names(self.fn)
         out: list[int | str] = []
         for n in self.argnums:
-            if isinstance(n, str):
-                known = n in kwargs
-            else:
-                known = -len(args) <= n < len(args)
-            if not known:
+            if isinstance(n, str) and n not in kwargs and n in names[: len(args)]:
+                n = names.index(n)
+            elif isinstance(n, int) and len(args) <= n < len(names) and names[n] in kwargs:
+                n = names[n]
+            if n not in kwargs if isinstance(n, str) else not -len(args) <= n < len(args):
                 raise JaxCompressError(
                     f"argnums={n!r} names no argument: {name_of(self.fn)} was called with "
                     f"{len(args)} positional arguments and the keywords {sorted(kwargs)}. "
@@ -289,6 +324,45 @@ class Transformed:
                         lambda x, lead=lead: jnp.broadcast_to(x, lead + jnp.shape(x)), value
                     )
         return learned, state
+
+
+def _positions(argnums: ArgNums) -> tuple[int | str, ...]:
+    """`argnums` as a tuple of positions and names.
+
+    Raises:
+      JaxCompressError: it is something else.
+    """
+    given = (argnums,) if isinstance(argnums, (int, str)) else argnums
+    kinds = [type(n) for n in given] if isinstance(given, Sequence) else []
+    if not kinds or not all(kind in (int, str) for kind in kinds):
+        raise JaxCompressError(
+            f"argnums={argnums!r}: expected the position or the name of the argument that holds "
+            "the parameters, or several of them."
+        )
+    return tuple(given)
+
+
+def _positional_names(fn: Callable) -> list[str]:
+    """Names of the arguments that may be given by position, as far as the signature says."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def _distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Every site once, also if it was traced twice; another site of the same name gets a number."""
+    taken: dict[str, Site] = {}
+    for site in sites:
+        base, name = re.sub(r"#\d+$", "", site.name), site.name
+        for k in itertools.count(1):
+            old = taken.setdefault(name, site)
+            if (old.op, old.operands) == (site.op, site.operands):
+                break
+            name = f"{base}#{k}"
+    return tuple(dataclasses.replace(site, name=name) for name, site in taken.items())
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

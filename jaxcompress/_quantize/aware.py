@@ -45,20 +45,56 @@ class QuantizeAware(Transform):
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
             return
-        any_match = False
-        for rule in self.recipe.rules:
-            matched = [s for s in sites if rule.matches(s)]
-            if any(not why_not(s, rule) for s in matched):
-                any_match = True
+        found = [self.recipe.rule_for(site) for site in sites]
+        decided = {i: [] for i in range(len(self.recipe.rules))}
+        for site, rule in zip(sites, found, strict=True):
+            if rule is not None:
+                decided[rule[0]].append(site)
+        useful = False
+        for i, rule in enumerate(self.recipe.rules):
+            if any(rule.leaves_alone or not why_not(s, rule) for s in decided[i]):
+                useful = True
             elif not rule.optional:
-                _unmatched(rule, matched, sites, parameters)
-        if not any_match:
+                matched = [s for s in sites if rule.matches(s)]
+                self._unmatched(rule, decided[i] or matched, sites, parameters)
+        if not useful:
             raise RecipeError(
                 f"recipe `{self.recipe.name}` found nothing to compress: no matmul, convolution "
                 f"or embedding reads a parameter. Sites: {_listed(sites)}. Parameters: "
                 f"{', '.join(f'`{p}`' for p in parameters[:5]) or '(none)'}. Does argnums name "
                 "the argument that holds the parameters?"
             )
+        self.choose(sites)  # rules that disagree in two functions that are differentiated
+
+    def _unmatched(
+        self, rule: Rule, matched: Sequence[Site], sites: Sequence[Site], parameters: Sequence[str]
+    ) -> None:
+        """Raises: says why a rule that must match did not."""
+        where = "".join(f", {k}={getattr(rule, k)!r}" for k in ("op", "source") if getattr(rule, k))
+        head = f"rule {rule.pattern!r}{where} matches nothing that can be compressed"
+        named = [p for p in parameters if matches(rule.pattern, p)]
+        if rule.leaves_alone and (matched or (named and not where)):
+            return  # it names what stays in float anyway: a norm, a bias, an attention score
+        if matched:
+            site = matched[0]
+            first = self.recipe.rule_for(site)
+            assert first is not None
+            if first[1] is not rule:
+                raise RecipeError(
+                    f"{head}: `{site.name}` is decided by the earlier rule {first[1].pattern!r}. "
+                    "The first rule that matches decides: put the narrower one in front."
+                )
+            why = why_not(site, rule)
+            raise RecipeError(f"{head}: `{site.name}` ({site.op}) is left alone: {why}.")
+        if named and not where:
+            raise RecipeError(
+                f"{head}: it names the parameter `{named[0]}`, which no matmul, convolution or "
+                "embedding reads (norms, biases and integers stay as they are). Remove the rule."
+            )
+        raise RecipeError(
+            f"{head}. Nearest sites: {nearest(rule.pattern, [s.name for s in sites])}. "
+            "jaxcompress.sites(fn)(*args) lists all of them."
+        )
 
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
@@ -118,7 +154,7 @@ def why_not(site: Site, rule: Rule) -> str:
         return "" if rule.op == site.op else "product of two activations"
     if not reads_data and site.op != "gather":
         return "computed from parameters only: its result is stored"
-    if any("quantize" in o.owners for o in site.operands):
+    if not rule.leaves_alone and any("quantize" in o.owners for o in site.operands):
         raise SiteError(
             f"`{site.name}` is already quantized by another recipe, and rule "
             f"{rule.pattern!r} would quantize it again. Exclude it with "
@@ -178,8 +214,8 @@ def _fits(site: Site, setting: Setting) -> None:
             quantizer.check(operand.shape, site.contracting(i))
         except FormatError as e:
             raise SiteError(
-                f"{describe(quantizer)} does not fit `{site.name}` ({operand.role} {list(operand.shape)} "
-                f"of {site.op}): {e} Or leave the site alone with "
+                f"{describe(quantizer)} does not fit `{site.name}` ({operand.role} "
+                f"{list(operand.shape)} of {site.op}): {e} Or leave the site alone with "
                 f'Rule("{site.name}", None).'
             ) from None
 
@@ -191,29 +227,6 @@ def describe(quantizer: Quantizer | None) -> str:
 
 def _listed(sites: Sequence[Site]) -> str:
     return ", ".join(f"`{s.name}`" for s in sites[:5]) + (" ..." if len(sites) > 5 else "") or "none"
-
-
-def _unmatched(
-    rule: Rule, matched: Sequence[Site], sites: Sequence[Site], parameters: Sequence[str]
-) -> None:
-    """Raises: says why a rule that must match did not."""
-    where = "".join(f", {k}={getattr(rule, k)!r}" for k in ("op", "source") if getattr(rule, k))
-    head = f"rule {rule.pattern!r}{where} matches nothing that can be compressed"
-    if matched:
-        site = matched[0]
-        raise RecipeError(f"{head}: `{site.name}` ({site.op}) is left alone: {why_not(site, rule)}.")
-    named = [p for p in parameters if matches(rule.pattern, p)]
-    if named and rule.leaves_alone:
-        return  # it names a norm or a bias, which stays in float anyway
-    if named:
-        raise RecipeError(
-            f"{head}: it names the parameter `{named[0]}`, which no matmul, convolution or "
-            "embedding reads (norms, biases and integers stay as they are). Remove the rule."
-        )
-    raise RecipeError(
-        f"{head}. Nearest sites: {nearest(rule.pattern, [s.name for s in sites])}. "
-        "jaxcompress.sites(fn)(*args) lists all of them."
-    )
 
 
 def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) -> Callable:

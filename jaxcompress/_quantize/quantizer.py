@@ -55,7 +55,7 @@ class Quantizer:
         >>> import jax.numpy as jnp, jaxcompress as jc
         >>> q = jc.Quantizer("int4", "group:2")
         >>> q.fake_quantize(jnp.array([7.0, -2.2, 0.7, 0.26]), axis=0)
-        Array([ 7.        , -2.        ,  0.7       ,  0.29999998], dtype=float32)
+        Array([ 7. , -2. ,  0.7,  0.3], dtype=float32)
     """
 
     format: Format
@@ -197,9 +197,7 @@ class Quantizer:
         view = shape if blocks is None else blocks.split_shape(shape)
         return tuple(1 if i in shared else n for i, n in enumerate(view))
 
-    def shared_axes(
-        self, shape: Sequence[int], axis: int | Sequence[int]
-    ) -> tuple[int, ...]:
+    def shared_axes(self, shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
         """Returns the axes of the array that share a scale as a whole: none within groups.
 
         Example:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transformed, label_arguments
+from .._core.transform import ArgNums, Transformed
 from . import recipes
 from .aware import QuantizeAware
 from .recipe import Recipe
@@ -71,8 +71,7 @@ def compressed_weights(
                 continue  # the same array, read again
             out[name] = packed
             stored.update(operand.path.split("+"))
-        params = inner._params(args, kwargs)
-        for path, value in label_arguments(args, kwargs, params)[1]:
+        for path, value in inner.parameters(args, kwargs):
             if path not in stored:
                 out[path] = value
         return out

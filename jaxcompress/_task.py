@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import os
 import pathlib
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +19,10 @@ from typing import Any
 import optax
 
 from ._errors import JaxCompressError
+
+_HERE = pathlib.Path(__file__).parent
+# Where the lines of a traceback lie that are not of the user's making.
+_NOT_THE_USERS = (*map(sysconfig.get_path, ("purelib", "stdlib")), f"{_HERE}{os.sep}", "<")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +189,7 @@ def user_code(what: str, file: str | None = None) -> Iterator[None]:
             raise
         raise JaxCompressError(f"{what} raised at {_line(error, file)}: {error}") from error
     except (Exception, SystemExit) as error:
-        cause = traceback.format_exception_only(error)[-1].strip()
+        cause = f"{type(error).__name__}: {error}"
         raise JaxCompressError(f"{what} raised at {_line(error, file)}: {cause}") from error
 
 
@@ -192,7 +198,7 @@ def _line(error: BaseException, file: str | None) -> str:
         return f"line {error.lineno} of {file}"
     frames = traceback.extract_tb(error.__traceback__)
     if file is None:
-        inside = [f for f in frames if not re.search(r"site-packages|/jaxcompress/|<", f.filename)]
+        inside = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)]
         frame = (inside or list(frames))[-1]
     else:
         frame = ([f for f in frames if f.filename == file] or list(frames))[-1]
@@ -202,33 +208,28 @@ def _line(error: BaseException, file: str | None) -> str:
 def _run_file(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise JaxCompressError(f"There is no task file {path} (seen from {pathlib.Path.cwd()}).")
-    name = "_jaxcompress_task_" + re.sub(r"\W", "_", path.stem)
-    spec = importlib.util.spec_from_file_location(name, path)
+    name, origin = "_jaxcompress_task_" + re.sub(r"\W", "_", path.stem), str(path.absolute())
+    spec = importlib.util.spec_from_file_location(name, origin)
     if spec is None or spec.loader is None:
         raise JaxCompressError(f"{path} is not a Python file: a task file ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of the file look themselves up there
-    with _on_path(path.parent), user_code(f"The task file {path}", str(path.absolute())):
+    with _on_path(path.parent), user_code(f"The task file {path}", origin):
         spec.loader.exec_module(module)
     return module
 
 
 def _import_module(name: str) -> Any:
-    with _on_path(pathlib.Path.cwd()):
+    with _on_path(pathlib.Path.cwd()), user_code(f"The module {name}"):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                with user_code(f"The module {name}"):
-                    raise
+                raise
             raise JaxCompressError(
                 f"There is no module `{name}`: `{error.name}` was not found. A task is the path "
                 "of a file that ends in .py, or a module that can be imported from here."
             ) from None
-        except Exception:
-            with user_code(f"The module {name}"):
-                raise
-    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager

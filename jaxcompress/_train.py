@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,10 +32,10 @@ Step = Callable[[TrainState, Any, Any], tuple[TrainState, jax.Array]]
 
 
 def fit(
-    loss: Callable[[Any, Any], Any],
+    step: Step,
     params: Any,
-    batches: Iterator[Any],
     optimizer: optax.GradientTransformation,
+    batches: Iterator[Any],
     steps: int,
     *,
     label: str = "training",
@@ -44,10 +44,10 @@ def fit(
     """Trains `params` for so many steps and returns them; those passed in stay as they are.
 
     Args:
-      loss: `loss(params, batch)`, a scalar.
+      step: made by `compiled_step` with the same optimizer.
       params: pytree of arrays. Integer and key leaves are handed through untouched.
-      batches: an iterator that does not end.
       optimizer: its state starts afresh.
+      batches: an iterator that does not end.
       steps: how many.
       label: what the progress bar is called.
       quiet: no progress bar; there is none either where stderr is not a terminal.
@@ -56,7 +56,6 @@ def fit(
       JaxCompressError: the loss is NaN or infinite; names the first such step.
     """
     state, frozen = start(params, optimizer)
-    step = compiled_step(loss, optimizer)
     with _progress(label, steps, quiet) as show:
         for i in range(steps):
             state, value = step(state, frozen, next(batches))
@@ -71,7 +70,7 @@ def fit(
 
 
 def start(params: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Any]:
-    """The state before the first step, in arrays of its own, and the leaves that are not trained."""
+    """The state before the first step, in its own arrays, and the leaves that are not trained."""
 
     def is_trained(leaf):
         return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
@@ -91,9 +90,7 @@ def combine(weights: Any, frozen: Any) -> Any:
     )
 
 
-def compiled_step(
-    loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation
-) -> Step:
+def compiled_step(loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation) -> Step:
     """One step, `step(state, frozen, batch) -> (state, loss)`. It takes over the state's arrays."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -115,7 +112,7 @@ def compiled_step(
     return step
 
 
-def stream(train: Train, *, seed: int) -> Iterator[Any]:
+def stream(train: Train, seed: int | Sequence[int]) -> Iterator[Any]:
     """The batches of a task, without an end, in an order that depends on the seed alone.
 
     Raises:

@@ -12,12 +12,13 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src import api as _api
 from jax._src import config as _config
 from jax._src import source_info_util as _source
+from jax._src.interpreters import partial_eval as _pe
 
 from .._errors import JaxCompressError
 
@@ -88,16 +89,34 @@ def call_jvp_rule(params: dict, count: int) -> tuple[Any, list, list[bool]]:
     return params["jvp_jaxpr_fun"].call_wrapped(*[False] * (count - params["num_consts"]))
 
 
-def call_forward_rule(params: dict, count: int) -> tuple[Any, list, list]:
-    """The user's forward rule of a custom_vjp call: (jaxpr, constants, leading arguments).
+class ForwardRule(NamedTuple):
+    """The user's forward rule of a custom_vjp call; `leading` come before its arguments."""
 
-    What the rule closes over are constants in jax 0.10 and leading arguments in jax 0.12.
-    """
+    jaxpr: Any
+    leading: list
+
+
+def call_forward_rule(params: dict, count: int) -> ForwardRule:
+    """Traces the user's forward rule; what it closes over become leading arguments."""
     thunk = params["fwd_jaxpr_thunk"].call_wrapped(*[True] * (count - params["num_consts"]))
     jaxpr, consts = thunk
-    jaxpr, merged = open_jaxpr(jaxpr)
-    consts, k = list(consts) or merged, len(jaxpr.constvars)
-    return jaxpr, consts[:k], consts[k:]
+    inner, merged = open_jaxpr(jaxpr)
+    if inner.constvars:
+        inner = _pe.convert_constvars_jaxpr(inner)
+    return ForwardRule(inner, list(consts) or merged)
+
+
+def backward_function(params: dict) -> Any:
+    """The user's backward rule of a custom_vjp call: it tells which function is called."""
+    rule = params["bwd"].f
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return rule
+
+
+def traced_variable(x: Any) -> Any:
+    """The variable of a jaxpr that a tracer stands for; None for a value."""
+    return getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
 
 
 def forwarded_residuals(params: dict) -> list:

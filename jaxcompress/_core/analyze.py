@@ -9,6 +9,7 @@ once. `name_sites` then walks the result in program order and gives every site i
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 from jax.extend.core import Literal
 
 from . import _compat, dimensions
-from .provenance import CONSTANT, DATA, Label, canonical, join, renumber, transfer
+from .provenance import CONSTANT, DATA, ONE_BY_ONE, Label, canonical, join, renumber, transfer
 from .sites import LOOKUPS, OPERATIONS, Operand, Plan, Site, row_axes
 
 MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
 FAKE = MARK + "fake_"  # jaxcompress_fake_quantize: the value is owned by the kind after the prefix
 OPAQUE = MARK + "opaque"  # a region that is left alone and hidden
+ORDERS = 3  # how often a custom_vjp whose forward rule calls itself can be differentiated
 
 # Primitives that call one jaxpr, and the parameter that holds it.
 CALLS = {
@@ -81,6 +83,7 @@ class Analyzer:
 
     def __init__(self, mark: str | None = None):
         self.mark = mark
+        self.under_way: list[Any] = []  # functions whose forward rules are being analysed
         self.memo: dict[tuple, tuple[Analysis, Any]] = {}
 
     def call(
@@ -158,30 +161,46 @@ class _State(NamedTuple):
 
 
 def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
-    name = eqn.primitive.name
+    name, rank = eqn.primitive.name, 0
+    if name in LOOKUPS:
+        rank = _row_rank(eqn)
+    if name in ONE_BY_ONE and len(eqn.outvars) == len(ins):
+        return [transfer(name, [label]) for label in ins]
+    out = transfer(name, ins, rank)
     if name in OPERATIONS:
-        _site(state, i, eqn, ins)
+        roles = _site(state, i, eqn, ins)
+        if "activation" in roles and out.chosen:
+            out = DATA
     elif _hides_matmul(eqn):
         _opaque(state, i, eqn, ins)
-    return [transfer(name, ins)] * len(eqn.outvars)
+    return [out] * len(eqn.outvars)
 
 
-def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
+def _row_rank(eqn: Any) -> int:
+    """Rank of what a lookup reads, without dimensions of size 1."""
+    shape = eqn.invars[0].aval.shape
+    return sum(shape[d] > 1 for d in row_axes(eqn))
+
+
+def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[str]:
+    """Records a site and returns the roles of its operands."""
     labels = ins[: OPERATIONS[eqn.primitive.name]]
     roles = ["weight" if label.weight else "activation" for label in labels]
     if eqn.primitive.name in LOOKUPS:
         # An embedding is read by data, row by row; static indices only pick a part of a weight.
         by_data = any(label.data or label.chosen for label in ins[1:])
         if not labels[0].weight or labels[0].chosen or not by_data or not row_axes(eqn):
-            return
+            return []
     elif roles == ["weight", "weight"] and labels[0].chosen != labels[1].chosen:
         # emb[ids] @ w: the rows that data chose are the activation.
-        roles = ["activation" if label.chosen else "weight" for label in labels]
+        pieces = [label.chosen or math.inf for label in labels]
+        roles = ["activation" if n == min(pieces) else "weight" for n in pieces]
     for label, role in zip(labels, roles, strict=True):
         if role == "weight":
             state.found.layers |= label.scans
             state.found.experts |= label.params if label.chosen else frozenset()
     state.found.drafts[i] = Draft(tuple(labels), tuple(roles), False, eqn)
+    return roles
 
 
 def _opaque(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
@@ -223,13 +242,22 @@ def _call(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
 
 
 def _custom_vjp(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
-    inputs = ins[eqn.params["num_consts"] :]
     primal = state.enter(eqn.params["call_jaxpr"], ins)
-    if primal[0].empty:
+    function, under_way = _compat.backward_function(eqn.params), state.analyzer.under_way
+    if under_way.count(function) == ORDERS:  # its forward rule calls the function itself
+        if not primal[0].empty:
+            state.record(i, [primal])
+            state.found.extra[i] = None
+        return primal[2]
+    under_way.append(function)
+    rule = _compat.call_forward_rule(eqn.params, len(ins))
+    known = dict(zip(eqn.invars, ins, strict=True)) if rule.leading else {}
+    leading = [known.get(_compat.traced_variable(c), CONSTANT) for c in rule.leading]
+    forward = state.enter(rule.jaxpr, [*leading, *ins[eqn.params["num_consts"] :]])
+    under_way.pop()
+    if primal[0].empty and forward[0].empty:
         return primal[2]
     # The user's forward rule computes the same sites again, under the same names.
-    rule = _compat.call_forward_rule(eqn.params, len(ins))
-    forward = state.enter(rule[0], [*(CONSTANT for _ in rule[2]), *inputs])
     state.found.extra[i] = rule
     state.record(i, [primal, forward])
     return primal[2]
@@ -329,7 +357,7 @@ def _cond(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
         # Parameters picked by a predicate on data are still parameters: an expert, a layer.
         out = labels[0] if len(set(labels)) == 1 else join(labels)
         if ins[0].data and out.weight:
-            out = out._replace(chosen=True)
+            out = out._replace(chosen=out.chosen or 2)
         for label in labels:
             out = out._replace(manual=_wider(out, label))
         outs.append(out)
@@ -408,7 +436,7 @@ class _Namer:
 
     def picks_expert(self, draft: Draft, numbers: list[int]) -> bool:
         """Whether this looks up whole matrices that a matmul then reads as its weight."""
-        if draft.eqn.primitive.name not in LOOKUPS or len(row_axes(draft.eqn)) < 2:
+        if draft.eqn.primitive.name not in LOOKUPS or _row_rank(draft.eqn) < 2:
             return False
         return any(numbers[n] in self.experts for n in draft.labels[0].params)
 
@@ -465,7 +493,8 @@ def _bodies(eqn: Any, found: Analysis, i: int) -> list[Any]:
     elif name == "cond":
         jaxprs = list(p["branches"])
     elif name == "custom_vjp_call":
-        jaxprs = [p["call_jaxpr"], found.extra[i][0]]
+        rule = found.extra[i]
+        jaxprs = [p["call_jaxpr"], *([rule.jaxpr] if rule else [])]
     else:
         jaxprs = [p[CALLS[name]]]
     return [_compat.open_jaxpr(j)[0] for j in jaxprs]

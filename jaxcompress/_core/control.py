@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from .._errors import SiteError
 from . import _compat, fold
-from .analyze import CALLS
+from .analyze import CALLS, ORDERS
 from .interpret import Runtime, evaluate, pick
 from .sites import Plan
 
@@ -105,6 +106,7 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
+        _split_transpose=p.get("_split_transpose", False),
     )
     runtime.state.update({**state_c, **state_y})
     return [*c, *ys]
@@ -142,8 +144,15 @@ def cond(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list
 
     branches = [branch(j, q) for j, q in zip(eqn.params["branches"], plans, strict=True)]
     learned, state = pick(runtime.learned, names), pick(runtime.state, names)
-    index = values[0]
-    outs, state = lax.switch(index, branches, values[1:], learned, state)
+    operands = (values[1:], learned, state)
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs, state = lax.switch(values[0], branches, *operands)
+    else:  # made by lax.platform_dependent: only one branch is lowered
+        kept = list(zip(platforms, branches, strict=True))
+        default = next((f for names, f in kept if names is None), None)
+        special = {name: f for names, f in kept for name in names or ()}
+        outs, state = lax.platform_dependent(*operands, default=default, **special)
     runtime.state.update(state)
     return list(outs)
 
@@ -175,21 +184,38 @@ def custom_jvp(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -
     return list(outs)
 
 
-def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, extra: Any) -> list:
+def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, rule: Any) -> list:
     """The primal and the user's forward rule are transformed; the backward rule is kept."""
     p, names = eqn.params, _names(plans)
-    primal_plan, forward_plan = plans
-    jaxpr, consts, leading = extra
     skip, count = p["num_consts"], len(eqn.outvars)
+    places = {v: k for k, v in enumerate(eqn.invars) if k < skip}
 
     @jax.custom_vjp
     def f(args, learned, state):
         inner = runtime.child(learned, state)
-        return _run(p["call_jaxpr"], primal_plan, list(args), inner), inner.state
+        return _run(p["call_jaxpr"], plans[0], list(args), inner), inner.state
+
+    def closed_over(value: Any, args: tuple) -> Any:
+        """A value of the function around, which the primal reads too: an argument here."""
+        variable = _compat.traced_variable(value)
+        if variable is None:
+            return value
+        if variable not in places:
+            raise SiteError(
+                f"the forward rule of the custom_vjp at {_compat.source_line(eqn)} closes over a "
+                "traced value that the function itself does not read. Pass it as an argument."
+            )
+        return args[places[variable]]
 
     def forward(args, learned, state):
+        if rule is None:
+            raise SiteError(
+                f"the forward rule of the custom_vjp at {_compat.source_line(eqn)} calls the "
+                f"function itself, and it was differentiated more than {ORDERS} times."
+            )
         inner = runtime.child(learned, state)
-        outs = evaluate(forward_plan, jaxpr, consts, [*leading, *args[skip:]], inner)
+        leading = [closed_over(value, args) for value in rule.leading]
+        outs = _run(rule.jaxpr, plans[1], [*leading, *args[skip:]], inner)
         made, outs = iter(outs[: len(outs) - count]), outs[len(outs) - count :]
         residuals = [
             next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)

@@ -16,6 +16,12 @@ REDUCTIONS = frozenset(
     """reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_xor reduce_prod argmax
     argmin""".split()
 )
+# Sizes change, the axes stay; scalars beside the operands are indices and padding values.
+SAME_AXES = frozenset(
+    """slice dynamic_slice pad rev dynamic_update_slice concatenate split top_k reduce_window
+    reduce_window_max reduce_window_min reduce_window_sum select_and_scatter_add
+    select_and_gather_add fft""".split()
+)
 COLLECTIVES_KEEP = frozenset({"ppermute", "pvary", "pcast", "pbroadcast", "all_gather_invariant"})
 Split = tuple[frozenset[str], ...]  # for every dimension, the mesh axes that split it
 NONE: frozenset[str] = frozenset()
@@ -57,8 +63,9 @@ def axis_labels(eqn: Any) -> tuple[list, list] | None:
         labels = [("gone", k) if k in gone else k for k in range(len(shapes[0]))]
         kept = [x for x in labels if isinstance(x, int)]
         return [labels] * len(shapes), [kept] * len(eqn.outvars)
-    if name in ("slice", "dynamic_slice", "pad", "rev", "dynamic_update_slice", "concatenate"):
-        return [full if len(s) == len(full) else [] for s in shapes], [full]
+    if name in SAME_AXES:
+        labels = [full if len(s) == len(full) else [()] * len(s) for s in shapes]
+        return labels, [full] * len(eqn.outvars)
     if name == "gather":
         dn = p["dimension_numbers"]
         gone = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
@@ -183,5 +190,6 @@ _SPECIAL = {
     "all_gather_invariant": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
+    "optimization_barrier": _same,
     **{name: _same for name in COLLECTIVES_KEEP - {"all_gather_invariant"}},
 }

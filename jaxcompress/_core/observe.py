@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._errors import SiteError
+from . import dimensions
 from .patterns import matches, nearest
 from .sites import Site
 from .transform import ArgNums, Listing, Transform, Transformed
@@ -52,7 +56,7 @@ class Tap(Transform):
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Any]:
         return {s.name: True for s in sites if matches(self.pattern, s.name) and not s.opaque}
 
-    def check(self, sites: Sequence[Site], parameters: Sequence[tuple[str, Any]]) -> None:
+    def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.choose(sites):
             near = nearest(self.pattern, [s.name for s in sites])
             raise SiteError(
@@ -61,20 +65,56 @@ class Tap(Transform):
             )
 
     def init_state(self, site: Site, setting: Any) -> Any:
-        aval = site.out_avals[0] if self.output else site.operands[_input(site)]
-        return jnp.zeros(aval.shape, aval.dtype)
+        if self.output:
+            aval = site.out_avals[0]
+        else:
+            aval = site.eqn.invars[_input(site)].aval
+        sizes = aval.sharding.mesh.shape  # inside shard_map, of the mesh
+        split = self._split(site) or (frozenset(),) * aval.ndim
+        whole = [
+            n * math.prod(sizes[a] for a in axes) for n, axes in zip(aval.shape, split, strict=True)
+        ]
+        return jnp.zeros(whole, aval.dtype)
 
     def state_spec(self, site: Site, state: Any) -> Any:
-        manual = site.operands[_input(site)].manual
-        if self.output or manual is None:
+        split = self._split(site)
+        if split is None:
             return PartitionSpec()
-        lead = (None,) * (state.ndim - len(manual))
-        return PartitionSpec(*lead, *(tuple(sorted(axes)) or None for axes in manual))
+        lead = (None,) * (state.ndim - len(split))
+        return PartitionSpec(*lead, *(tuple(sorted(axes)) or None for axes in split))
+
+    def _split(self, site: Site) -> tuple[frozenset[str], ...] | None:
+        """Mesh axes that split each dimension of what is returned; None outside shard_map."""
+        operands = [o.manual for o in site.operands]
+        if not self.output or all(axes is None for axes in operands):
+            return operands[_input(site)]
+        axes = frozenset().union(*(a for split in operands for a in split or ()))
+        rest = [None] * (len(site.eqn.invars) - len(operands))
+        return dimensions.splits(site.eqn, operands + rest, axes)[0]
 
     def apply(self, site, setting, bind, operands, learned, state):
         out = bind(*operands)
-        first = out[0] if isinstance(out, list) else out
-        return out, first if self.output else operands[_input(site)]
+        seen = operands[_input(site)]
+        if self.output:
+            seen = out[0] if isinstance(out, list) else out
+            summed = () if site.op == "gather" else site.contracting(0)
+            axes = site.operands[0].split_over(summed)
+            seen = lax.psum(seen, axes) if axes else seen  # devices hold parts of the sum
+        split = frozenset().union(*(self._split(site) or ()))
+        return out, _one_copy(seen, varying(seen) - split)
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which shard_map takes a value to differ; none outside."""
+    return getattr(jax.typeof(x).manual_axis_type, "varying", frozenset())
+
+
+def _one_copy(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """x, which is equal along these mesh axes, as a value that shard_map knows to be equal."""
+    if not axes:
+        return x
+    first = functools.reduce(jnp.logical_and, [lax.axis_index(a) == 0 for a in sorted(axes)])
+    return lax.psum(jnp.where(first, x, jnp.zeros_like(x)), tuple(sorted(axes)))
 
 
 def _input(site: Site) -> int:

@@ -19,7 +19,8 @@ class Label(NamedTuple):
     Attributes:
       data: depends on an argument that holds no parameters.
       params: numbers of the parameters that it derives from; empty for a constant.
-      chosen: a parameter that was indexed by data (a row of an embedding, an expert).
+      chosen: rank of the pieces of a parameter that data chose: 1 for rows of an embedding, 2
+        and more for matrices (experts, layers), 0 where nothing was chosen.
       scans: depths of the enclosing scans over which it is one slice of a stack.
       owners: kinds of the transforms that already own this value.
       manual: inside shard_map, for every dimension the mesh axes that split it; None outside.
@@ -27,7 +28,7 @@ class Label(NamedTuple):
 
     data: bool = False
     params: frozenset[int] = frozenset()
-    chosen: bool = False
+    chosen: int = 0
     scans: frozenset[int] = frozenset()
     owners: frozenset[str] = frozenset()
     manual: tuple[frozenset[str], ...] | None = None
@@ -44,8 +45,12 @@ DATA = Label(data=True)
 # Primitives that move or cast values without computing new ones. The first operand is the value.
 LAYOUT = frozenset(
     """reshape transpose convert_element_type broadcast_in_dim slice squeeze expand_dims rev copy
-    copy_p reduce_precision optimization_barrier sharding_constraint pvary reshard stop_gradient
+    copy_p reduce_precision sharding_constraint pvary reshard stop_gradient
     name pcast copy_to_mesh bitcast_convert_type""".split()
+)
+# Primitives whose results are their operands, one by one.
+ONE_BY_ONE = frozenset(
+    "optimization_barrier psum psum2 psum_invariant pmax pmin pvary pcast ppermute".split()
 )
 INDEXING = frozenset({"dynamic_slice", "gather"})
 
@@ -57,24 +62,25 @@ def join(labels: Iterable[Label]) -> Label:
         return DATA
     return Label(
         params=frozenset().union(*(label.params for label in labels)),
-        chosen=any(label.chosen for label in labels),
+        chosen=max((label.chosen for label in labels), default=0),
         scans=frozenset().union(*(label.scans for label in labels)),
     )
 
 
-def transfer(primitive: str, labels: Sequence[Label]) -> Label:
-    """Label of the results of an ordinary equation (without `manual`)."""
+def transfer(primitive: str, labels: Sequence[Label], rank: int = 0) -> Label:
+    """Label of the results of an ordinary equation (without `manual`).
+
+    `rank` is that of the pieces that an indexing primitive reads.
+    """
     if primitive in LAYOUT and labels:
         return labels[0]._replace(manual=None)
-    if primitive in INDEXING:
-        value, indices = labels[0], labels[1:]
-        if value.data:
+    if primitive in INDEXING and any(label.data or label.chosen for label in labels[1:]):
+        if not labels[0].weight:
             return DATA
-        by_data = any(label.data or label.chosen for label in indices)
-        return value._replace(chosen=value.chosen or by_data, manual=None)
+        return labels[0]._replace(chosen=labels[0].chosen or max(rank, 1), manual=None)
     out = join(labels)
     # Arithmetic on rows that data chose is an activation: emb[ids] * sqrt(d).
-    return DATA if out.chosen else out
+    return DATA if out.chosen == 1 else out
 
 
 def canonical(labels: Sequence[Label]) -> tuple[tuple[Label, ...], list[int]]:

@@ -16,6 +16,7 @@ from jax import lax
 
 from .. import formats
 from ..formats import Format
+from ..formats._base import multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Blocks:
         """Returns the axis of `split` that runs inside a block, for an array of `ndim` axes."""
         return min(a % ndim for a in self.axis) + 1
 
+    def inner_axes(self, ndim: int) -> tuple[int, ...]:
+        """Returns the axes of `split` that run inside a block, for an array of `ndim` axes."""
+        return (self.inner_axis(ndim),)
+
     def _parts(self, shape: tuple[int, ...]) -> tuple[Any, Any, int, Any]:
         """Returns (axes permuted, sizes before, length, sizes after the flattened axes)."""
         axes = tuple(a % len(shape) for a in self.axis)
@@ -66,22 +71,58 @@ class Blocks:
         return (*before, *axes, *after), sizes[0], math.prod(sizes[1]), sizes[2]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Cuts an array into two-dimensional blocks: first along some axes, then along others.
+
+    Attributes:
+        columns: how the array is cut first.
+        rows: how what `columns` makes of it is cut.
+    """
+
+    columns: Blocks
+    rows: Blocks
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Returns x with both sets of axes replaced by (blocks, size)."""
+        return self.rows.split(self.columns.split(x))
+
+    def merge(self, v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Undoes `split` of an array of that shape; drops the filling."""
+        return self.columns.merge(self.rows.merge(v, self.columns.split_shape(shape)), shape)
+
+    def split_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of `split` of an array of that shape."""
+        return self.rows.split_shape(self.columns.split_shape(shape))
+
+    def inner_axes(self, ndim: int) -> tuple[int, ...]:
+        """Returns the axes of `split` that run inside a block, for an array of `ndim` axes."""
+        between = ndim - len(self.columns.axis) + 2
+        row = self.rows.inner_axis(between)
+        kept = [a for a in range(between) if a - between not in self.rows.axis]
+        column = kept.index(self.columns.inner_axis(ndim))
+        return tuple(sorted((row, column if column < row - 1 else column + 2)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
     """An array stored as codes of a number format and scales. Made by `Quantizer.quantize`.
 
-    A pytree with three leaves (two without zero points): `packed`, `scale`, `packed_zero_point`.
+    A pytree with the leaves `packed`, `scale` and, where there are any, `packed_zero_point` and
+    `global_scale`.
     Leading axes that the scales keep too may be sliced off all leaves (scan) or added (vmap).
 
     Attributes:
         packed: the codes; uint8 packed along the last axis below 8 bits, else their own dtype.
-        scale: float32, broadcasts to the array, or to `blocks.split` of it.
+        scale: broadcasts to the array, or to `blocks.split` of it; float32, or as the format
+            stores it: uint8 exponents (MX, bias 127), float8_e4m3fn (NVFP4).
         packed_zero_point: zero points packed like the codes, or None; shaped like `scale`.
         format: the number format.
         dtype: of the array this stands for.
         last: size of its last axis, which packing hides.
-        blocks: how the contracted axes are cut into groups; None without groups.
+        blocks: how the array is cut into groups; None without groups.
+        global_scale: float32, one for the array, of formats with two levels of scales; or None.
     """
 
     packed: jax.Array
@@ -90,7 +131,8 @@ class QTensor:
     format: Format = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     last: int = dataclasses.field(metadata={"static": True})
-    blocks: Blocks | None = dataclasses.field(default=None, metadata={"static": True})
+    blocks: Blocks | Tiles | None = dataclasses.field(default=None, metadata={"static": True})
+    global_scale: jax.Array | None = None
 
     @classmethod
     def from_codes(
@@ -101,17 +143,20 @@ class QTensor:
         *,
         format: str | Format,
         dtype: Any,
-        blocks: Blocks | None = None,
+        blocks: Blocks | Tiles | None = None,
+        global_scale: jax.Array | None = None,
     ) -> "QTensor":
         """Packs codes in the layout of the array.
 
         Args:
             codes: of the dtype of the format, at least one axis.
-            scale: float32, broadcasts to the codes, or to `blocks.split` of them.
+            scale: broadcasts to the codes, or to `blocks.split` of them; float32, or of the
+                `scale_dtype` of the format.
             zero_point: integers in the range of the format, shaped like `scale`, or None.
             format: the number format or its name.
             dtype: of the array.
             blocks: how the scales are laid out, if not along whole axes.
+            global_scale: float32, multiplies all scales, or None.
 
         Example:
             >>> import jax.numpy as jnp, jaxcompress as jc
@@ -123,8 +168,9 @@ class QTensor:
         fmt = formats.get(format)
         if zero_point is not None:
             zero_point = _pack(zero_point.astype(fmt.dtype), fmt)
-        packed = _pack(codes, fmt)
-        return cls(packed, scale, zero_point, fmt, jnp.dtype(dtype), codes.shape[-1], blocks)
+        packed, last = _pack(codes, fmt), codes.shape[-1]
+        dtype = jnp.dtype(dtype)
+        return cls(packed, scale, zero_point, fmt, dtype, last, blocks, global_scale)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,7 +186,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: packed codes, scales, zero points."""
+        """Bytes stored: packed codes, scales, zero points, global scale."""
         return nbytes(self)
 
     @property
@@ -158,6 +204,8 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """Returns the array, (codes - zero_point) * scale in float32, cast to `dtype`.
 
+        With a global scale the scale is `scale * global_scale`.
+
         Example:
             >>> import jax.numpy as jnp, jaxcompress as jc
             >>> jc.Quantizer("int4").quantize(jnp.array([[7.0], [-2.2]]), axis=0).dequantize()
@@ -165,7 +213,10 @@ class QTensor:
                    [-2.]], dtype=float32)
         """
         codes = self.codes if self.blocks is None else self.blocks.split(self.codes)
-        x = self.format.decode(codes, self.scale, self.zero_point)
+        x = self.format.from_codes(codes)
+        if (zero_point := self.zero_point) is not None:
+            x = x - zero_point.astype(jnp.float32)
+        x = multiply(x, self.format.factors(self.scale, self.global_scale))
         if self.blocks is not None:
             x = self.blocks.merge(x, self.shape)
         return x.astype(self.dtype)
@@ -198,8 +249,10 @@ def _bits(leaf: Any) -> int:
 
 
 def _pack(codes: jax.Array, fmt: Format) -> jax.Array:
-    return codes if fmt.bits == 8 else formats.pack(codes, fmt.bits)
+    return codes if fmt.code_bits >= 8 else formats.pack(codes, fmt.code_bits)
 
 
 def _unpack(packed: jax.Array, fmt: Format, size: int) -> jax.Array:
-    return packed if fmt.bits == 8 else formats.unpack(packed, fmt.bits, size, fmt.dtype)
+    if fmt.code_bits >= 8:
+        return packed
+    return formats.unpack(packed, fmt.code_bits, size, fmt.dtype)

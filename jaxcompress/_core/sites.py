@@ -25,10 +25,10 @@ LOOKUPS = frozenset({"gather", "dynamic_slice"})  # both are `op="gather"`: tabl
 
 def row_axes(eqn: Any) -> tuple[int, ...]:
     """Dimensions of a table that a lookup reads whole: a row of it."""
-    shape = eqn.invars[0].aval.shape
-    return tuple(
-        d for d, n in enumerate(eqn.params["slice_sizes"]) if n == shape[d] and n > 1
-    )
+    numbers = eqn.params.get("dimension_numbers")
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims) if numbers else ()
+    sizes = zip(eqn.params["slice_sizes"], eqn.invars[0].aval.shape, strict=True)
+    return tuple(d for d, (n, size) in enumerate(sizes) if n == size and d not in gone)
 
 
 class Operand(NamedTuple):

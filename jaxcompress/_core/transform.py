@@ -127,6 +127,7 @@ class _Region(NamedTuple):
         outer = autodiff.SCOPE.value
         first = autodiff.Scope()
         staged, found = once(first)
+        covered = bool(found.owned)  # by whoever wrote the function, not by us below
         inside: list[Site] = []
         if first.count:
             name = OPAQUE if self.transform.stateful else self.mark
@@ -141,7 +142,7 @@ class _Region(NamedTuple):
                     "Python state that it changes; wrap the loss instead of the whole step."
                 )
         plan = name_sites(staged.jaxpr, found, paths)
-        return staged, plan, [*plan.everything, *inside], bool(found.owned)
+        return staged, plan, [*plan.everything, *inside], covered
 
     def differentiated(
         self,

@@ -226,7 +226,9 @@ def describe(quantizer: Quantizer | None) -> str:
 
 
 def _listed(sites: Sequence[Site]) -> str:
-    return ", ".join(f"`{s.name}`" for s in sites[:5]) + (" ..." if len(sites) > 5 else "") or "none"
+    return (
+        ", ".join(f"`{s.name}`" for s in sites[:5]) + (" ..." if len(sites) > 5 else "") or "none"
+    )
 
 
 def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) -> Callable:

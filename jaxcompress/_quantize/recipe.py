@@ -16,6 +16,8 @@ from .._errors import RecipeError
 from .quantizer import Quantizer
 
 _INDIVISIBLE = ("error", "pad", "channel")
+_KINDS = {str: ("pattern", "op", "source"), bool: ("frozen", "shared", "optional")}
+_SPELLED = {str: "text", bool: "True or False"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Rule:
     optional: bool = False
 
     def __post_init__(self):
+        for kind, fields in _KINDS.items():
+            for field in fields:
+                value = getattr(self, field)
+                if not isinstance(value, kind) and (value is not None or field == "pattern"):
+                    raise RecipeError(
+                        f"{field}={value!r} in a rule: expected {_SPELLED[kind]}, "
+                        f"found {type(value).__name__}."
+                    )
         if self.indivisible not in (None, *_INDIVISIBLE):
             raise RecipeError(
                 f"indivisible={self.indivisible!r} in rule {self.pattern!r}: "
@@ -99,11 +109,11 @@ class Rule:
         data = dict(data)
         for field in ("weight", "activation"):
             if isinstance(data.get(field), dict):
+                if "format" not in data[field]:
+                    found = sorted(data[field])
+                    raise RecipeError(f"a quantizer needs 'format'; found the keys {found}.")
                 data[field] = Quantizer.from_dict(data[field])
-        try:
-            return cls(**data)
-        except TypeError as e:
-            raise RecipeError(f"rule {data!r}: {e}") from None
+        return cls(**data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +131,10 @@ class Recipe:
     name: str = "custom"
 
     def __init__(self, rules: Iterable[Rule], name: str = "custom"):
+        if isinstance(rules, Rule) or not isinstance(rules, Iterable):
+            raise RecipeError(f"a recipe is a list of Rule, found {type(rules).__name__}.")
+        if not isinstance(name, str):
+            raise RecipeError(f"the name of a recipe is text, found {name!r}.")
         rules = tuple(rules)
         for rule in rules:
             if not isinstance(rule, Rule):

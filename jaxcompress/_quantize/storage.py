@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from . import recipes
+from .accounting import split_path
 from .aware import QuantizeAware
 from .recipe import Recipe
 
@@ -61,6 +62,7 @@ def compressed_weights(
         traced = inner.trace(*args, **kwargs)
         _, state = inner.call({}, state, args, kwargs)
         sites = {s.name: s for s in traced.plan.everything}
+        parameters = dict(inner.parameters(args, kwargs))
         out: dict[str, Any] = {}
         stored: set[str] = set()
         for name, packed in state.items():
@@ -70,10 +72,7 @@ def compressed_weights(
             if use and first is not None and first.size == packed.size:
                 continue  # the same array, read again
             out[name] = packed
-            stored.update(operand.path.split("+"))
-        for path, value in inner.parameters(args, kwargs):
-            if path not in stored:
-                out[path] = value
-        return out
+            stored.update(split_path(operand.path, parameters))
+        return out | {path: x for path, x in parameters.items() if path not in stored}
 
     return run

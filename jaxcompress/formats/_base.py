@@ -7,11 +7,12 @@ A format is a finite grid of numbers. With a scale s and an integer zero point z
 
 in float32 whatever the dtype of x (ONNX QuantizeLinear and DequantizeLinear). A new format
 subclasses `Format` once, gives its grid and its rounding, and joins the table in `_table.py`.
+A block format also says how its scales are stored, see `_mx.py`.
 """
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ import numpy as np
 from jax import lax
 
 from .._errors import FormatError
+from ._rounding import check, to_integer
+
+# Under this the reciprocal of a scale overflows, or the scale itself is flushed to zero.
+_SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -27,35 +32,101 @@ class Format(abc.ABC):
 
     Attributes:
         name: the name by which `formats.get` finds it.
-        bits: bits per value.
+        bits: bits per value, with its share of the scale of its natural block.
         min: lowest number of the grid.
-        max: highest number of the grid, the one that the largest absolute value is mapped to.
+        max: highest number of the grid.
         dtype: dtype of the codes.
         affine: whether the grid may be shifted by a zero point.
-        has_nan: whether there is a code for NaN.
+        has_nan: whether there is a code (or a scale) for NaN.
+        block: how many values share a scale by definition of the format, or None.
+        two_level: whether the scales of blocks are multiples of a scale of the tensor.
+        default_range: how `Quantizer` finds scales when it is not told: "absmax", "minmax",
+            "absmean", or "fixed" for formats that are used without a scale.
+        top: the number of the grid that the largest absolute value is mapped to.
+        code_bits: bits of a code in storage, without scales.
     """
 
     name: str
-    bits: int
+    bits: float
     min: float
     max: float
     dtype: np.dtype
-    affine: ClassVar[bool]
-    has_nan: ClassVar[bool]
+    # Not annotated: a subclass may make a field of one, which dataclasses would put in front.
+    affine = False
+    has_nan = False
+    block = None
+    two_level = False
+    default_range = "absmax"
 
     @abc.abstractmethod
     def values(self) -> np.ndarray:
         """Returns the finite numbers of the grid, float64, ascending, each once."""
 
     @abc.abstractmethod
-    def round(self, v: jax.Array) -> jax.Array:
-        """Returns the nearest grid value of each v: half to even, saturating, NaN stays NaN.
+    def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
+        """Returns the grid value that each v is rounded to, saturating; NaN stays NaN.
 
         Args:
             v: float32, any shape, already divided by the scale.
+            rounding: "half_even" (nearest, ties to the even code), "half_away" (nearest, ties
+                away from zero), "floor" or "stochastic" (one of the two neighbours, unbiased).
+            key: PRNG key, for "stochastic" only.
         """
 
-    def encode(self, x: Any, scale: Any, zero_point: Any = None) -> jax.Array:
+    def to_codes(self, grid: jax.Array) -> jax.Array:
+        """Returns the codes of float32 grid values."""
+        return grid.astype(self.dtype)
+
+    def from_codes(self, codes: jax.Array) -> jax.Array:
+        """Returns the float32 grid values of codes."""
+        return codes.astype(jnp.float32)
+
+    @property
+    def top(self) -> float:
+        return self.max if self.max > 0 else -self.min
+
+    @property
+    def code_bits(self) -> int:
+        return int(self.bits)
+
+    @property
+    def scale_dtype(self) -> np.dtype:
+        """The dtype in which scales are stored."""
+        return jnp.dtype(jnp.float32)
+
+    def global_scale(self, absmax: jax.Array) -> jax.Array | None:
+        """Returns the scale of the tensor, from its largest absolute value; None without one."""
+        return None
+
+    def find_scale(self, extent: jax.Array, global_scale: Any = None) -> jax.Array:
+        """Returns the scale, as stored, that maps an extent to the top of the grid.
+
+        Args:
+            extent: float32, any shape, the largest absolute value that a scale is for.
+            global_scale: of formats with two levels, broadcasts to the extent.
+
+        Returns:
+            extent / top, or 1 where that is zero or subnormal. NaN stays NaN.
+        """
+        return safe_scale(extent, self.top)
+
+    def factors(self, scale: Any, global_scale: Any = None) -> tuple[jax.Array, ...]:
+        """Returns float32 arrays whose product is the scale that was stored."""
+        return (jnp.asarray(scale).astype(jnp.float32),)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Returns {"maker": name, argument: value, ...} of a format that a maker makes."""
+        return None
+
+    def encode(
+        self,
+        x: Any,
+        scale: Any = 1.0,
+        zero_point: Any = None,
+        *,
+        rounding: str = "half_even",
+        key: Any = None,
+    ) -> jax.Array:
         """Returns the codes of x.
 
         The division is a true one, but under `jit` XLA itself turns the division by a broadcast
@@ -64,15 +135,18 @@ class Format(abc.ABC):
 
         Args:
             x: floating, any shape.
-            scale: positive, broadcastable to the shape of x.
+            scale: broadcastable to the shape of x; floating, or as the format stores it.
             zero_point: integers of the grid, broadcastable to the shape of x; integer formats.
+            rounding: "half_even", "half_away", "floor" or "stochastic", as in `round`.
+            key: PRNG key, for "stochastic" only.
 
         Returns:
             Codes of dtype `self.dtype`, in the shape of x.
 
         Raises:
             FormatError: if x is not floating; if the format takes no zero point; if x / scale is
-                NaN somewhere, the format has no NaN and the arrays are concrete (not traced).
+                NaN somewhere, the format has no NaN and the arrays are concrete (not traced); if
+                the rounding is unknown or lacks its key.
 
         Example:
             >>> import jaxcompress as jc
@@ -81,20 +155,22 @@ class Format(abc.ABC):
         """
         x = jnp.asarray(x)
         check_floating(x.dtype, f"{self.name}.encode")
-        v = lax.div(x.astype(jnp.float32), _float32_like(scale, x.shape))
+        check(rounding, key)
+        v = divide(x.astype(jnp.float32), self.factors(scale))
         if not self.has_nan:
             reject_nan(v, self.name)
         if zero_point is not None:
             self._check_affine()
-            v = _round_half_even(v) + _float32_like(zero_point, x.shape)
-        return self.round(v).astype(self.dtype)
+            v = to_integer(v, rounding, key) + _float32_like(zero_point, x.shape)
+            rounding = "half_even"
+        return self.to_codes(self.round(v, rounding, key))
 
-    def decode(self, codes: Any, scale: Any, zero_point: Any = None) -> jax.Array:
+    def decode(self, codes: Any, scale: Any = 1.0, zero_point: Any = None) -> jax.Array:
         """Returns (codes - zero_point) * scale in float32, in the shape of the codes.
 
         Args:
             codes: any shape; dtype `self.dtype` (any integer dtype for integer formats).
-            scale: broadcastable to the shape of the codes.
+            scale: broadcastable to the shape of the codes; floating, or as the format stores it.
             zero_point: broadcastable to the shape of the codes; integer formats only.
 
         Raises:
@@ -111,11 +187,11 @@ class Format(abc.ABC):
             raise FormatError(
                 f"{self.name}.decode takes codes of dtype {self.dtype}, got {codes.dtype}."
             )
-        v = codes.astype(jnp.float32)
+        v = self.from_codes(codes)
         if zero_point is not None:
             self._check_affine()
             v = v - _float32_like(zero_point, codes.shape)
-        return v * _float32_like(scale, codes.shape)
+        return multiply(v, self.factors(scale))
 
     def _check_affine(self) -> None:
         if not self.affine:
@@ -150,9 +226,26 @@ def reject_nan(v: jax.Array, name: str) -> None:
         )
 
 
+def safe_scale(extent: jax.Array, top: float) -> jax.Array:
+    """Returns extent / top, or 1 where that is zero or subnormal. NaN stays NaN."""
+    scale = lax.div(extent, lax.full_like(extent, top))
+    small = lax.lt(lax.abs(scale), lax.full_like(scale, _SMALLEST_SCALE))
+    return lax.select(small, lax.full_like(scale, 1), scale)
+
+
+def divide(v: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns float32 v divided by each factor in turn."""
+    for factor in factors:
+        v = lax.div(v, _float32_like(factor, v.shape))
+    return v
+
+
+def multiply(v: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns float32 v multiplied by each factor in turn."""
+    for factor in factors:
+        v = lax.mul(v, _float32_like(factor, v.shape))
+    return v
+
+
 def _float32_like(a: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(a).astype(jnp.float32), shape)
-
-
-def _round_half_even(v: jax.Array) -> jax.Array:
-    return lax.round(v, lax.RoundingMethod.TO_NEAREST_EVEN)

@@ -469,6 +469,67 @@ def test_layer_chosen_by_data_is_a_weight(pick):
     )
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, i: p["w"][i] * p["scale"][i],
+        lambda p, i: p["a"][i] @ p["b"][i],
+        lambda p, i: p["w"][i] + p["a"][i] @ p["b"][i],
+    ],
+)
+def test_arithmetic_on_a_chosen_layer_is_a_weight(make):
+    p = {
+        "w": normal(3, 4, 8, seed=1),
+        "scale": normal(3, 4, 8, seed=2),
+        "a": normal(3, 4, 2, seed=3),
+        "b": normal(3, 2, 8, seed=4),
+    }
+    choose = lambda x: jnp.argmax(x[0, :3])  # noqa: E731
+    assert_twins(
+        quantize_aware(lambda p, x: x @ make(p, choose(x)), "w8a8"),
+        lambda p, x: token(x) @ weight(make(p, choose(x))),
+        p,
+        X,
+    )
+
+
+def test_rows_of_a_constant_table_chosen_by_data_are_data():
+    one_hot = jnp.eye(4)
+    assert_twins(
+        quantize_aware(lambda w, i: one_hot[i] @ w, "w8a8"),
+        lambda w, i: token(one_hot[i]) @ weight(w),
+        W,
+        jnp.array([3, 1, 1]),
+    )
+
+
+def test_weight_looked_up_in_a_constant_table_by_integer_parameters():
+    levels = jnp.linspace(-1.0, 1.0, 16)
+    p = {"codes": jnp.arange(32).reshape(4, 8) % 16}
+    f = lambda p, x: x @ levels[p["codes"]]  # noqa: E731
+    assert names(f, p, X) == ["codes"]
+    got = jax.jit(quantize_aware(f, "w8a8"))(p, X)
+    assert_same(got, jax.jit(lambda p, x: token(x) @ weight(levels[p["codes"]]))(p, X))
+
+
+def test_embedding_with_matrices_as_rows():
+    """[vocabulary, heads, size]: what data chose is the activation of what follows."""
+    p = {"table": normal(10, 2, 4, seed=5), "w": W}
+
+    def model(qt, qx, qw):
+        def f(p, i):
+            h = qt(p["table"])[i] * 2.0
+            h = jnp.tanh(qx(h) @ qw(p["w"]))
+            return jnp.einsum("nhd,mhd->hnm", h, h)
+
+        return f
+
+    f = model(lambda t: t, lambda x: x, lambda w: w)
+    twin = model(lambda t: weight(t, (1, 2)), token, weight)
+    assert names(f, p, IDS)[:2] == ["table", "w"]
+    assert_twins(quantize_aware(f, "w8a8"), twin, p, IDS)
+
+
 def test_single_numbers_chosen_by_data_are_no_embedding():
     f = lambda p, x, i: (x @ p["w"]) * p["scale"][i][None]  # noqa: E731
     p, i = {"w": W, "scale": normal(5)}, jnp.arange(8) % 5

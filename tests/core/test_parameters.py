@@ -39,7 +39,7 @@ def check(f, params, names, x=X, recipe="w8a8", twin=None, tolerance=0.0):
     assert [s.name for s in jc.sites(plain)(params, x)] == names
     assert_twins(jc.quantize_aware(plain, recipe), twin, params, x, tolerance=tolerance)
     report = jc.report(plain, recipe)(params, x)
-    assert report.bytes_before == jc.nbytes([v for v in jax.tree.leaves(params)])
+    assert report.bytes_before == jc.nbytes(params)
     return report
 
 
@@ -150,11 +150,6 @@ def test_containers(params, read, names):
     report = check(f, params, names)
     assert [r.site for r in report.rows if r.op] == names
     assert len(report.rows) == 3  # and the bias
-    rules = [jc.Rule("re:.*", weight="int8", activation="int8")]
-    plain = lambda p, x: f(p, x, lambda v: v, lambda v: v)  # noqa: E731
-    assert_twins(
-        jc.quantize_aware(plain, jc.Recipe(rules)), lambda p, x: f(p, x, weight, token), params, X
-    )
 
 
 def test_a_bare_array():
@@ -162,9 +157,7 @@ def test_a_bare_array():
     f = lambda x, w: x @ w  # noqa: E731
     assert [s.name for s in jc.sites(f, argnums=1)(X, W1)] == ["arg1"]
     only = jc.Recipe([jc.Rule("arg0", weight="int8")])
-    assert_twins(
-        jc.quantize_aware(lambda p, x: x @ p, only), lambda p, x: x @ weight(p), W1, X
-    )
+    assert_twins(jc.quantize_aware(lambda p, x: x @ p, only), lambda p, x: x @ weight(p), W1, X)
 
 
 def test_several_arguments_with_colliding_names():
@@ -341,7 +334,7 @@ def test_equinox():
         return token(x) @ weight(last.weight, 1).T + last.bias[None]
 
     q = jc.quantize_aware(plain, "w8a8")
-    assert_same(q(model, X), jax.jit(twin)(model, X) if False else eqx.filter_jit(twin)(model, X), SUM)
+    assert_same(q(model, X), eqx.filter_jit(twin)(model, X), SUM)
     names = [s.name for s in jc.sites(plain)(model, X)]
     assert names == [f"layers/{i}/weight" for i in range(3)]
     loss = lambda f: lambda m, x: jnp.sum(f(m, x) ** 2)  # noqa: E731
@@ -407,7 +400,12 @@ def test_an_integer_matmul_stays():
 
 
 def test_empty_and_scalar_leaves():
-    params = {"w": W1, "scale": jnp.float32(0.5), "none": jnp.zeros((0, 8)), "wide": jnp.zeros((4, 0))}
+    params = {
+        "w": W1,
+        "scale": jnp.float32(0.5),
+        "none": jnp.zeros((0, 8)),
+        "wide": jnp.zeros((4, 0)),
+    }
 
     def f(p, x, w, a):
         y = a(x) @ w(p["w"] * p["scale"])
@@ -502,7 +500,9 @@ def test_masks():
 def test_lora():
     params = {"w": W1, "a": normal(9, 4, 2), "b": normal(10, 2, 8)}
     # merged: the product a @ b is computed from parameters only, so it stays exact
-    check(lambda p, x, w, t: t(x) @ w(p["w"] + p["a"] @ p["b"]), params, ["a", "a+b+w"], tolerance=SUM)
+    check(
+        lambda p, x, w, t: t(x) @ w(p["w"] + p["a"] @ p["b"]), params, ["a", "a+b+w"], tolerance=SUM
+    )
     # in two steps: each adapter is a site of its own
     report = check(
         lambda p, x, w, t: t(x) @ w(p["w"]) + t(t(x) @ w(p["a"])) @ w(p["b"]),

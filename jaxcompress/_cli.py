@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `jaxcompress compress | sites | report | recipes`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from ._compress import compress, initial
+from ._core.observe import sites
+from ._errors import JaxCompressError, RecipeError
+from ._quantize import recipes
+from ._quantize.aware import describe
+from ._quantize.recipe import Recipe
+from ._quantize.report import Report, Row
+from ._result import FLOAT_PARAMETERS, PARAMETERS, read_report
+from ._task import Task, load_task, user_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words behind `jaxcompress`; those of the process when left out.
+
+    Returns:
+      The exit code: 0, 2 for anything that the user can mend, 130 when interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (JaxCompressError, OSError) as error:
+        print(f"jaxcompress: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxcompress: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("jaxcompress", description="Compresses JAX models.")
+    parser.add_argument("--version", action="version", version=f"jaxcompress {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        new = commands.add_parser(name, help=text, description=text)
+        new.set_defaults(run=run)
+        return new
+
+    new = command("compress", _compress, "Train a model, compress it, measure both.")
+    _add_task(new)
+    new.add_argument("--recipe", default="w8a8", metavar="NAME|FILE", help="default: w8a8")
+    new.add_argument("--method", default="qat", help="only qat: train with the recipe in the loop")
+    new.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="sites to leave in float"
+    )
+    new.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="default: compressed/TASK-RECIPE"
+    )
+    new.add_argument("--seed", type=_count, metavar="N", help="default: that of the task")
+    new.add_argument("--steps", type=_count, metavar="N", help="training steps with the recipe")
+    new.add_argument("--float-steps", type=_count, metavar="N", help="training steps before them")
+    new.add_argument("--quiet", action="store_true", help="no progress")
+    _add_task(command("sites", _sites, "List the matmuls, convolutions and embeddings of a model."))
+    new = command("report", _report, "Show an earlier result.")
+    new.add_argument("dir", type=pathlib.Path, metavar="DIR", help="written by `compress`")
+    command("recipes", _recipes, "List the named recipes.")
+    return parser
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", metavar="TASK", help="path/to/file.py or package.module, [:name]")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    if arguments.method != "qat":
+        raise JaxCompressError(
+            f"--method {arguments.method} is unknown here: `compress` has `qat`, which trains with "
+            "the recipe in the loop. Leave --method out."
+        )
+    recipe = _recipe(arguments.recipe).skip(*arguments.skip)
+    task = _override(load_task(arguments.task), arguments)
+    seed = arguments.seed
+    if seed is None:
+        seed = 0 if task.train is None else task.train.seed
+    name = re.sub(r"[^\w.+-]", "_", f"{task.name}-{recipe.name}")
+    out = arguments.out or pathlib.Path("compressed", name)
+    result = compress(task, recipe, out, seed=seed, quiet=arguments.quiet)
+    _show(result, out)
+
+
+def _recipe(name: str) -> Recipe:
+    path = pathlib.Path(name)
+    if path.suffix != ".json" and not path.is_file():
+        return recipes.get(name)
+    try:
+        return Recipe.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise RecipeError(f"The recipe {path} is wrong: {error}") from None
+
+
+def _override(task: Task, arguments: argparse.Namespace) -> Task:
+    changes = {
+        field: getattr(arguments, field)
+        for field in ("steps", "float_steps")
+        if getattr(arguments, field) is not None
+    }
+    if not changes:
+        return task
+    if task.train is None:
+        raise JaxCompressError(
+            f"--steps and --float-steps need a task that is trained, and `{task.name}` has no "
+            "`train=jc.Train(...)`."
+        )
+    return dataclasses.replace(task, train=dataclasses.replace(task.train, **changes))
+
+
+def _sites(arguments: argparse.Namespace) -> None:
+    task = load_task(arguments.task)
+    params, x = initial(task, 0 if task.train is None else task.train.seed)
+    with user_code(f"apply of task `{task.name}`"):
+        found = sites(task.apply)(params, x)
+    table = Table("site", "op", "operands", "layers", "source", title=f"Sites of {task.name}")
+    for site in found:
+        operands = (f"{o.role} {o.dtype}{list(o.shape)}" for o in site.operands)
+        layers = " x ".join(map(str, site.stack))
+        table.add_row(site.name, site.op, "\n".join(operands), layers, site.source)
+    _console().print(table)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    _show(read_report(arguments.dir), arguments.dir)
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    table = Table("recipe", "sites", "weights", "activations")
+    for recipe in recipes.RECIPES.values():
+        for i, rule in enumerate(recipe.rules):
+            what = rule.pattern if rule.op is None else f"{rule.pattern} ({rule.op})"
+            formats = describe(rule.weight), describe(rule.activation)
+            table.add_row("" if i else recipe.name, what, *formats)
+    _console().print(table)
+
+
+def _show(result: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """The table of sites, and below it what they cost and bring together."""
+    rows = tuple(Row(**row) for row in result["rows"])
+    console = _console()
+    console.print(Report(result["task"], result["recipe"]["name"], rows).table())
+    table = Table("", "before", "after", "change")
+    for metric, old in result["metrics"]["before"].items():
+        new = result["metrics"]["after"].get(metric)
+        interval = result["comparison"]["accuracy"] if metric == "accuracy" else None
+        table.add_row(metric, _number(old), _number(new), _change(old, new, interval))
+    agreement = result["comparison"]["agreement"]
+    if agreement is not None:
+        table.add_row("same prediction", "", f"{agreement:.2%}", "")
+    for what, name in (("parameters", "parameters, bytes"), ("files", "files, bytes")):
+        old, new = (result["bytes"][what][when] for when in ("before", "after"))
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{old / max(new, 1):.2f} times smaller")
+    step = result["step_ms"]
+    old, new, ratio = (step[key] for key in ("before", "after", "ratio"))
+    name = f"{step['of']} step, ms"
+    table.add_row(name, f"{old:.2f}", f"{new:.2f}", f"{ratio:.2f} times as long")
+    console.print(table)
+    console.print(f"{folder}: report.json, {PARAMETERS}, {FLOAT_PARAMETERS}", highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _change(old: float | None, new: float | None, interval: Mapping[str, Any] | None) -> str:
+    if old is None or new is None:
+        return ""
+    text = f"{new - old:+.4f}"
+    if interval is None:
+        return text
+    return f"{text} (95 %, paired: {interval['low']:+.4f} to {interval['high']:+.4f})"
+
+
+def _console() -> Console:
+    """Of stdout; wide enough for the tables where that is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)

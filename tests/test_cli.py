@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, from its words to what is on the disk and on the screen."""
+
+import gzip
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import _compress, _result
+from jaxcompress._cli import main
+from jaxcompress._task import load_task
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+FILES = {"report.json", "parameters.npz", "float_parameters.npz"}
+
+TASK = """
+import jax, jax.numpy as jnp, numpy as np, optax
+import jaxcompress as jc
+
+x = np.random.default_rng(0).normal(size=(256, 8)).astype("float32")
+y = np.abs(x[:, :4]).argmax(axis=1)
+
+def make(key):
+    up, down = jax.random.split(key)
+    return {
+        "up": jax.random.normal(up, (8, 32)) / 3,
+        "down": jax.random.normal(down, (32, 4)) / 6,
+        "bias": jnp.zeros((1, 4)),
+    }
+
+def apply(p, x):
+    return jax.nn.relu(x @ p["up"]) @ p["down"] + p["bias"]
+
+def loss(p, batch):
+    logits = apply(p, batch[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+def evaluate(predict):
+    return {"accuracy": float(np.mean(np.argmax(predict(x), axis=-1) == y))}
+
+def batches(rng):
+    for _ in range(8):
+        rows = rng.permutation(256)[:64]
+        yield x[rows], y[rows]
+
+def build(**changes):
+    fields = dict(
+        name="tiny", apply=apply, params=make, calibration=[x[:32]], evaluate=evaluate,
+        train=jc.Train(loss, batches, optax.adam(1e-2), steps=20, float_steps=60),
+    )
+    return jc.Task(**{**fields, **changes})
+
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder):
+    """Writes a task file and gives its path: what is added to TASK must define `task`."""
+
+    def write_task(text="task = build()"):
+        path = folder / "tiny.py"
+        path.write_text(TASK + text)
+        return str(path)
+
+    return write_task
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail with one message and leave nothing behind."""
+
+    def run(*words, left=("tiny.py",)):
+        assert main(list(words)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("jaxcompress: ")
+        assert "Traceback" not in err
+        assert {p.name for p in pathlib.Path.cwd().iterdir()} <= set(left)
+        return err.removeprefix("jaxcompress: ").strip()
+
+    return run
+
+
+def test_compress_trains_measures_and_writes(write, folder, capsys):
+    assert main(["compress", write(), "--out", "out"]) == 0
+    assert {p.name for p in folder.iterdir()} == {"tiny.py", "out"}  # no temporary directory left
+    assert {p.name for p in (folder / "out").iterdir()} == FILES
+    result = json.loads((folder / "out/report.json").read_text())
+    assert result["tool"] == "jaxcompress"
+    assert result["schema_version"] == 1
+    assert result["recipe"] == json.loads(jc.recipes.get("w8a8").to_json())
+    assert result["steps"] == {"float": 60, "aware": 20}
+    assert result["versions"]["jax"] == jax.__version__
+    assert result["versions"]["jaxcompress"] == jc.__version__
+    assert result["platform"]["backend"] == jax.default_backend()
+    assert result["metrics"]["before"]["accuracy"] > 0.5
+    assert result["metrics"]["after"]["accuracy"] > 0.5
+    interval = result["comparison"]["accuracy"]
+    assert interval["examples"] == 256
+    assert interval["low"] <= interval["change"] <= interval["high"]
+    assert 0.8 < result["comparison"]["agreement"] <= 1
+    assert result["step_ms"]["of"] == "training"
+    assert result["step_ms"]["before"] > 0
+    floats = 4 * (8 * 32 + 32 * 4 + 4)
+    packed = 8 * 32 + 32 * 4 + 4 * (32 + 4 + 4)
+    assert result["bytes"]["parameters"] == {"before": floats, "after": packed}
+    for when, name in (("before", "float_parameters.npz"), ("after", "parameters.npz")):
+        assert result["bytes"]["files"][when] == (folder / "out" / name).stat().st_size
+    assert [row["site"] for row in result["rows"]] == ["up", "down", "bias"]
+    assert sum(row["bytes_after"] for row in result["rows"]) == packed
+    assert all(row["snr_db"] > 30 for row in result["rows"][:2])
+
+    shown = capsys.readouterr().out
+    for text in ("up", "int8 per channel", "read by no matmul", "accuracy", "same prediction"):
+        assert text in shown
+    assert f"{floats:,}" in shown
+    assert "training step, ms" in shown
+    assert main(["report", "out"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_what_is_stored_is_the_model(write, folder):
+    path = write()
+    assert main(["compress", path, "--out", "out", "--quiet"]) == 0
+    task = load_task(path)
+    metrics = json.loads((folder / "out/report.json").read_text())["metrics"]
+    with np.load(folder / "out/float_parameters.npz", allow_pickle=False) as stored:
+        params = {name: stored[name] for name in ("up", "down", "bias")}
+    assert task.evaluate(lambda x: task.apply(params, x)) == metrics["before"]
+    with np.load(folder / "out/parameters.npz", allow_pickle=False) as stored:
+        about = json.loads(stored["metadata.json"])["tensors"]
+        assert about["up"] == {
+            "arrays": {"up:packed": "int8", "up:scale": "float32"},
+            "format": "int8",
+            "dtype": "float32",
+            "shape": [8, 32],
+            "blocks": None,
+        }
+        assert about["bias"] == {"arrays": {"bias": "float32"}}
+        params = {n: stored[f"{n}:packed"] * stored[f"{n}:scale"] for n in ("up", "down")}
+        params["bias"] = stored["bias"]
+    aware = jc.quantize_aware(task.apply, "w8a8")
+    assert task.evaluate(lambda x: aware(params, x)) == metrics["after"]
+
+
+def test_a_second_run_with_the_same_seed_writes_the_same_parameters(write, folder):
+    path = write()
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        words = ["compress", path, "--out", out, "--seed", seed, "--steps", "3", "--quiet"]
+        assert main(words) == 0
+    a, b, c = ((folder / out / "parameters.npz").read_bytes() for out in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_without_train_weights_are_only_rounded(write, folder):
+    path = write("task = build(train=None, params=make(jax.random.key(0)))")
+    assert main(["compress", path, "--recipe", "w4a16-g32", "--out", "out"]) == 0
+    result = json.loads((folder / "out/report.json").read_text())
+    assert result["steps"] is None
+    assert result["step_ms"]["of"] == "prediction"
+    with np.load(folder / "out/float_parameters.npz") as stored:
+        want = load_task(path).params
+        for name, array in want.items():
+            np.testing.assert_array_equal(stored[name], array)
+
+
+def test_the_default_directory_and_recipe_and_skipped_sites(write, folder):
+    words = ["compress", write(), "--skip", "down", "--steps", "2", "--float-steps", "0"]
+    assert main(words) == 0
+    result = json.loads((folder / "compressed/tiny-w8a8/report.json").read_text())
+    assert result["steps"] == {"float": 0, "aware": 2}
+    rows = {row["site"]: row for row in result["rows"]}
+    assert rows["up"]["weight"] == "int8 per channel"
+    assert rows["down"]["weight"] == "float32"
+    assert rows["down"]["reason"] == "left alone by rule 'down'"
+
+
+def test_a_recipe_from_a_file(write, folder):
+    recipe = jc.Recipe([jc.Rule("*", weight="int4")], "mine")
+    (folder / "mine.json").write_text(recipe.to_json())
+    assert main(["compress", write(), "--recipe", "mine.json", "--steps", "1", "--quiet"]) == 0
+    result = json.loads((folder / "compressed/tiny-mine/report.json").read_text())
+    assert result["rows"][0]["weight"] == "int4 per channel"
+
+
+def test_an_earlier_result_is_replaced_and_anything_else_is_not(write, folder, fails):
+    path = write("task = build(train=None)")
+    (folder / "out").mkdir()  # empty: as good as none
+    assert main(["compress", path, "--out", "out", "--seed", "1"]) == 0
+    assert main(["compress", path, "--out", "out", "--seed", "2"]) == 0
+    assert json.loads((folder / "out/report.json").read_text())["seed"] == 2
+    (folder / "out/notes.txt").write_text("mine")
+    before = (folder / "out/report.json").read_bytes()
+    message = fails("compress", path, "--out", "out", left=("tiny.py", "out"))
+    assert "exists and is not an earlier result: it holds" in message
+    assert "Nothing was changed. Choose another --out" in message
+    assert (folder / "out/report.json").read_bytes() == before
+    message = fails("compress", path, "--out", "tiny.py", left=("tiny.py", "out"))
+    assert "tiny.py is a file and the result a directory" in message
+
+
+def test_a_failure_leaves_the_earlier_result_as_it_was(write, folder, fails, monkeypatch):
+    path = write("task = build(train=None)")
+    assert main(["compress", path, "--out", "out"]) == 0
+    before = {p.name: p.read_bytes() for p in (folder / "out").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "report.json")
+
+    monkeypatch.setattr(_compress, "write_report", full)
+    message = fails("compress", path, "--out", "out", left=("tiny.py", "out"))
+    assert "No space left on device" in message
+    assert {p.name: p.read_bytes() for p in (folder / "out").iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_replaced_is_put_back(folder, monkeypatch):
+    out = folder / "out"
+    with _result.new_result(out) as new:
+        _result.write_report(new, {"which": "first"})
+    rename = pathlib.Path.rename
+
+    def refuse(self, target):
+        if target == out and "earlier" not in self.name:
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(PermissionError), _result.new_result(out) as new:
+        _result.write_report(new, {"which": "second"})
+    assert _result.read_report(out)["which"] == "first"
+    assert [p.name for p in folder.iterdir()] == ["out"]
+
+
+def test_interrupted(write, folder, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_compress, "fit", interrupt)
+    assert main(["compress", write()]) == 130
+    assert "interrupted, nothing was written" in capsys.readouterr().err
+    assert not list(folder.glob("compressed/*"))
+    assert not list(folder.glob("compressed/.*"))
+
+
+def test_an_unknown_recipe(write, fails):
+    message = fails("compress", write(), "--recipe", "w8a9")
+    assert message.startswith("unknown recipe 'w8a9'. Nearest: ")
+    assert "w8a8" in message
+
+
+def test_a_recipe_file_with_a_typo(write, folder, fails):
+    recipe = folder / "mine.json"
+    recipe.write_text('{"name": "mine", "rules": [{"pattern": "*", "weigth": "int8"}]}')
+    message = fails("compress", write(), "--recipe", str(recipe), left=("tiny.py", "mine.json"))
+    assert message.startswith(f"The recipe {recipe} is wrong: unknown key 'weigth' in a rule")
+    assert "did you mean 'weight'?" in message
+    recipe.write_text("{")
+    message = fails("compress", write(), "--recipe", str(recipe), left=("tiny.py", "mine.json"))
+    assert "is wrong: the recipe is not valid JSON" in message
+    message = fails("compress", write(), "--recipe", "no.json", left=("tiny.py", "mine.json"))
+    assert message == "The recipe no.json cannot be read: No such file or directory."
+
+
+def test_a_pattern_that_matches_nothing(write, fails):
+    message = fails("compress", write(), "--skip", "dwon")
+    assert "dwon" in message
+    assert "`down`" in message
+
+
+def test_a_missing_task_and_one_that_raises(write, fails):
+    assert "There is no task file missing.py" in fails("compress", "missing.py")
+    message = fails("compress", write("1 / 0"))
+    assert "raised at line" in message
+    assert message.endswith("ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "task = build(params={**make(jax.random.key(0)), 'up': jnp.full((8, 32), jnp.nan)})",
+            "Task `tiny`: 256 of the 256 values of parameter `up` are NaN or infinite.",
+        ),
+        (
+            "task = build(params=lambda key: 1 / 0)",
+            "params of task `tiny` raised at line {line} of {path}: ZeroDivisionError",
+        ),
+        ("task = build(calibration=[])", "Task `tiny`: `calibration` is empty"),
+        (
+            "task = build(calibration=[x[:, :5]])",
+            "apply of task `tiny` raised at line 17 of {path}: TypeError: dot_general requires",
+        ),
+        (
+            "task = build(train=jc.Train(lambda p, b: apply(p, b[0]), batches, optax.sgd(0.1), 3))",
+            "Task `tiny`: `loss` must return one number, found ShapeDtypeStruct(shape=(64, 4)",
+        ),
+        (
+            "task = build(train=jc.Train(loss, [x], optax.sgd(0.1), 3))",
+            "loss of task `tiny` raised at line",
+        ),
+        (
+            "task = build(evaluate=lambda predict: 1 / 0)",
+            "evaluate of task `tiny` raised at line {line} of {path}: ZeroDivisionError",
+        ),
+        (
+            "task = build(evaluate=lambda predict: 0.5)",
+            "TypeError: it must return {{metric: float}}, found float",
+        ),
+        (
+            "task = build(train=jc.Train(loss, batches, optax.sgd(float('nan')), 20))",
+            "float training: the loss is not finite in step 1 of 20. Lower the learning rate",
+        ),
+    ],
+)
+def test_a_task_that_is_wrong(write, fails, text, message):
+    path, line = write(text), TASK.count("\n") + 1
+    assert message.format(path=path, line=line) in fails("compress", path, "--out", "out")
+
+
+def test_what_can_be_known_is_known_before_training(write, fails, monkeypatch):
+    monkeypatch.setattr(_compress, "fit", lambda *_, **__: pytest.fail("it has trained"))
+    (pathlib.Path.cwd() / "mine.json").write_text(jc.Recipe([jc.Rule("bias", "int8")]).to_json())
+    left = ("tiny.py", "mine.json")
+    assert "`bias`" in fails("compress", write(), "--recipe", "mine.json", "--out", "o", left=left)
+    path = write("task = build(evaluate=lambda predict: 1 / 0)")
+    assert "ZeroDivisionError" in fails("compress", path, "--out", "out", left=left)
+
+
+def test_a_place_that_cannot_be_written(write, fails, monkeypatch):
+    path = write()
+    message = fails("compress", path, "--out", "tiny.py/out")
+    assert "tiny.py/out" in message
+    assert "Not a directory" in message
+    assert "Choose a directory that can be written with --out." in message
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    message = fails("compress", path, "--out", "locked/out")
+    assert "The result cannot be written to" in message
+    assert "Permission denied" in message
+
+
+def test_options_that_do_not_fit(write, fails, capsys):
+    message = fails("compress", write(), "--method", "gptq")
+    assert message.startswith("--method gptq is unknown here: `compress` has `qat`")
+    message = fails("compress", write("task = build(train=None)"), "--steps", "3")
+    assert "`tiny` has no `train=jc.Train(...)`" in message
+    for words in (["compress"], ["nonsense"], ["compress", "tiny.py", "--steps", "-1"]):
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 2
+    assert "'-1' is not a whole number of 0 or more" in capsys.readouterr().err
+
+
+def test_sites(write, capsys):
+    assert main(["sites", write()]) == 0
+    shown = capsys.readouterr().out
+    for text in ("up", "down", "dot_general", "weight float32[8, 32]", "tiny.py:17"):
+        assert text in shown
+
+
+def test_recipes(capsys):
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in jc.recipes.RECIPES)
+    assert "int4 per group:32" in shown
+
+
+def test_report_of_what_is_none(folder, fails):
+    (folder / "empty").mkdir()
+    other = folder / "other"
+    other.mkdir()
+    left = ("empty", "other")
+    message = fails("report", "empty", left=left)
+    assert message == "empty is not a result of `jaxcompress compress`: it has no report.json."
+    for text, message in (
+        ("{", "is damaged"),
+        ("[]", "was not written by jaxcompress"),
+        ('{"tool": "jaxcompress", "schema_version": 9}', "has schema version 9, this jaxcompress"),
+    ):
+        (other / "report.json").write_text(text)
+        assert message in fails("report", "other", left=left)
+
+
+def test_arrays_of_every_kind_are_stored_without_pickle(tmp_path):
+    path = tmp_path / "arrays.npz"
+    quantized = jc.Quantizer("int4", "group:2").quantize(jnp.arange(12.0).reshape(4, 3), axis=0)
+    tensors = {
+        "a/b": jnp.arange(3, dtype=jnp.bfloat16),
+        "scalar": np.float32(2),
+        "file": np.arange(2),  # a name of an argument of numpy.savez
+        "eight": jnp.ones(2, jnp.float8_e5m2),
+        "key": jax.random.key(3),
+        "w": quantized,
+    }
+    _result.write_arrays(path, tensors)
+    with np.load(path, allow_pickle=False) as stored:
+        meta = json.loads(stored["metadata.json"])["tensors"]
+        assert stored["a/b"].view(ml_dtypes.bfloat16).tolist() == [0, 1, 2]
+        assert stored["scalar"] == 2
+        assert stored["file"].tolist() == [0, 1]
+        assert stored["eight"].view(ml_dtypes.float8_e5m2).tolist() == [1, 1]
+        np.testing.assert_array_equal(stored["key"], jax.random.key_data(tensors["key"]))
+        np.testing.assert_array_equal(stored["w:packed"], quantized.packed)
+    assert meta["a/b"] == {"arrays": {"a/b": "bfloat16"}}
+    assert meta["w"]["blocks"] == {"axis": [-2], "size": 2}
+    assert zipfile.ZipFile(path).testzip() is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "agreement", "examples", "want"),
+    [
+        (0.9, 0.9, 1.0, 100, (-0.0192, 0.0192)),  # all the same: not an interval of length zero
+        (0.9, 0.92, 0.98, 100, (-0.0135, 0.0527)),
+        (0.905, 0.9, 0.98, 100, None),  # no share of 100
+        (None, 0.9, 1.0, 100, None),
+    ],
+)
+def test_the_paired_interval(old, new, agreement, examples, want):
+    found = _compress._paired_interval(old, new, agreement, examples)
+    if want is None:
+        assert found is None
+    else:
+        np.testing.assert_allclose((found["low"], found["high"]), want, atol=2e-4)
+
+
+def test_the_paired_interval_covers():
+    """The true change lies inside in at least 95 % of draws, with a margin for 2,000 draws."""
+    rng = np.random.default_rng(0)
+    better, worse, n = 0.02, 0.01, 500
+    inside = 0
+    for _ in range(2000):
+        up, down, _ = rng.multinomial(n, [better, worse, 1 - better - worse])
+        found = _compress._paired_interval(0.9, 0.9 + (up - down) / n, 1 - (up + down) / n, n)
+        inside += found["low"] <= better - worse <= found["high"]
+    assert inside / 2000 > 0.94
+
+
+def test_the_command_is_installed():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="jaxcompress")
+    if not scripts:
+        pytest.skip("jaxcompress runs from its source tree and is not installed")
+    assert next(iter(scripts)).load() is main
+
+
+def test_digits_reaches_what_is_promised(folder):
+    """The README's main job, in a process of its own as a user runs it."""
+    words = ["compress", str(EXAMPLES / "digits.py"), "--recipe", "w8a8", "--out", "out"]
+    code = "import sys; from jaxcompress._cli import main; sys.exit(main())"
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, "-c", code, *words],
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    result = json.loads((folder / "out/report.json").read_text())
+    assert result["metrics"]["before"]["accuracy"] >= 0.97
+    assert result["comparison"]["agreement"] >= 0.99
+    size = result["bytes"]["parameters"]
+    assert size["after"] < 0.27 * size["before"]
+
+
+def test_fashion_mnist_says_how_to_get_the_data(folder, fails, monkeypatch):
+    monkeypatch.setenv("FMNIST_DIR", str(folder / "nowhere"))
+    message = fails("compress", str(EXAMPLES / "fashion_mnist.py"))
+    assert f"FileNotFoundError: Fashion-MNIST is not in {folder}/nowhere" in message
+    assert "apt-get install dataset-fashion-mnist" in message
+
+
+def test_fashion_mnist_runs_on_images_of_its_kind(folder, monkeypatch):
+    """A few steps on noise in the files' own format: the data set need not be there."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 256), ("t10k", 1000)):
+        images = rng.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
+        labels = rng.integers(0, 10, n, np.uint8).tobytes()
+        for name, header, data in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            path = folder / f"{part}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(bytes(header) + data, 1))
+    monkeypatch.setenv("FMNIST_DIR", str(folder))
+    words = ["compress", str(EXAMPLES / "fashion_mnist.py"), "--steps", "2", "--float-steps", "2"]
+    assert main([*words, "--out", "out"]) == 0
+    result = json.loads((folder / "out/report.json").read_text())
+    assert 0 < result["metrics"]["before"]["accuracy"] < 0.3
+    assert result["comparison"]["accuracy"]["examples"] == 1000

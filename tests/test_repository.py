@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repository keeps its own rules: licence lines, import directions, a light import, one CI."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxcompress"
+FOLDERS = ("jaxcompress", "tests", "examples", "benchmarks")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A file imports from its own part and from parts with a smaller number; two with the same number
+# never import each other, except the last, which are one part.
+LAST = 6
+ROWS = {
+    "_errors": 0,
+    "formats": 1,
+    "_core": 2,
+    "_calibration": 3,
+    "_solvers": 3,
+    "_quantize": 4,
+    "prune": 4,
+    "distill": 4,
+    "export": 5,
+    "_task": LAST,
+    "_train": LAST,
+    "_result": LAST,
+    "_compress": LAST,
+    "_cli": LAST,
+}
+OPTIONAL = (
+    "chex equinox flatbuffers flax haiku hls4ml onnx onnx_ir onnxruntime orbax qonnx rich "
+    "safetensors sklearn torch"
+).split()
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Full dotted names of what a file imports, `from` imports with the name behind."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                base = ".".join([*parts[: len(parts) - node.level], *filter(None, [base])])
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return found
+
+
+def part(name):
+    """The part of the package that a dotted name lies in; None for the package itself."""
+    words = name.split(".")
+    return words[1] if words[0] == "jaxcompress" and len(words) > 1 and words[1] in ROWS else None
+
+
+def wrong_directions(path):
+    words = path.relative_to(PACKAGE).with_suffix("").parts
+    own = words[0]
+    if own == "__init__":
+        return []
+    wrong = []
+    for name in imports(path):
+        if name.split(".")[0] != "jaxcompress":
+            continue
+        other = part(name)
+        if other is None:  # jaxcompress itself, such as its version
+            allowed = ROWS[own] == LAST
+        else:
+            allowed = own == other or ROWS[other] < ROWS[own] or ROWS[other] == ROWS[own] == LAST
+        if not allowed:
+            wrong.append(f"{relative(path)} imports {name}")
+    return wrong
+
+
+def test_every_file_of_the_package_has_a_row():
+    parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES}
+    assert parts - {"__init__"} <= ROWS.keys()
+
+
+def test_imports_point_downward():
+    assert [wrong for path in MODULES for wrong in wrong_directions(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "allowed"),
+    [
+        ("_core/sites.py", "from .._errors import SiteError", True),
+        ("_core/sites.py", "from .._quantize.recipe import Recipe", False),
+        ("_core/sites.py", "from . import patterns", True),
+        ("_core/sites.py", "import jaxcompress", False),
+        ("_quantize/aware.py", "from ..prune import masks", False),
+        ("_quantize/aware.py", "from .. import formats", True),
+        ("_cli.py", "from ._task import Task", True),
+        ("_task.py", "from . import __version__", True),
+        ("_errors.py", "from . import formats", False),
+    ],
+)
+def test_the_check_of_directions_sees_what_it_should(monkeypatch, file, line, allowed):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: line)
+    assert (wrong_directions(PACKAGE / file) == []) == allowed
+
+
+def test_private_names_of_jax_are_in_one_file():
+    private = re.compile(r"jax\._src|jax\.interpreters")
+    files = [relative(p) for p in MODULES if any(private.match(n) for n in imports(p))]
+    assert files == ["jaxcompress/_core/_compat.py"]
+
+
+def test_optional_packages_are_imported_in_one_file_each():
+    """Except rich, which draws tables wherever there are some."""
+    for package in set(OPTIONAL) - {"rich"}:
+        files = [relative(p) for p in MODULES if any(n.split(".")[0] == package for n in imports(p))]
+        assert len(files) <= 1, (package, files)
+
+
+def test_every_source_file_says_its_licence():
+    line = "# SPDX-License-Identifier: Apache-2.0"
+    missing = [relative(p) for p in SOURCES if p.read_text(encoding="utf-8").splitlines()[0] != line]
+    assert missing == []
+    assert line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[1]
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def run(code):
+    """What a fresh process of this Python prints."""
+    words = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_loads_no_optional_package():
+    """Except flatbuffers, which JAX loads itself where it is installed."""
+    names = set(OPTIONAL) - {"flatbuffers"}
+    code = f"import jaxcompress, sys; print(*({names!r} & sys.modules.keys()))"
+    assert run(code).strip() == ""
+
+
+def test_importing_costs_less_than_300_ms_beyond_jax_and_optax():
+    code = """
+import time, jax, optax
+begin = time.perf_counter()
+import jaxcompress
+print(time.perf_counter() - begin)
+"""
+    seconds = min(float(run(code)) for _ in range(5))  # the least disturbed by other processes
+    assert seconds < 0.3
+
+
+def test_importing_starts_no_backend():
+    code = """
+import jax, jaxcompress
+jax.config.update("jax_platforms", "none such")  # refused once there is a backend
+try:
+    jax.devices()
+except RuntimeError:
+    print("not started")
+"""
+    assert run(code).strip() == "not started"
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    """`.ci/run` reads the command from the README; CONTRIBUTING says the same one."""
+    pattern = re.compile(r"^python -m venv .* -m pytest.*$", re.MULTILINE)
+    commands = pattern.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert commands == [
+        "python -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
+    ]
+    assert pattern.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")) == commands
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "grep -E '^python -m venv .* -m pytest' README.md" in script
+    assert 'bash -c "$tests"' in script
+
+
+def test_ci_names_no_machine():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in script
+    assert not re.search(r"/root|/home/|/work/|://", script)
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111

@@ -16,6 +16,7 @@ from ._errors import SiteError as SiteError
 from ._quantize import recipes as recipes
 from ._quantize.aware import quantize_aware as quantize_aware
 from ._quantize.granularity import Granularity as Granularity
+from ._quantize.granularity import per_block as per_block
 from ._quantize.granularity import per_group as per_group
 from ._quantize.quantizer import Quantizer as Quantizer
 from ._quantize.recipe import Recipe as Recipe

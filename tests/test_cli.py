@@ -88,6 +88,7 @@ def fails(capsys):
     """Runs a command that must fail with one message and leave nothing behind."""
 
     def run(*words, left=("tiny.py",)):
+        capsys.readouterr()
         assert main(list(words)) == 2
         out, err = capsys.readouterr()
         assert out == ""
@@ -489,6 +490,7 @@ def test_fashion_mnist_says_how_to_get_the_data(folder, fails, monkeypatch):
     assert "apt-get install dataset-fashion-mnist" in message
 
 
+@pytest.mark.slow
 def test_fashion_mnist_runs_on_images_of_its_kind(folder, monkeypatch):
     """A few steps on noise in the files' own format: the data set need not be there."""
     rng = np.random.default_rng(0)

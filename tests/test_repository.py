@@ -120,8 +120,9 @@ def test_private_names_of_jax_are_in_one_file():
 
 def test_optional_packages_are_imported_in_one_file_each():
     """Except rich, which draws tables wherever there are some."""
+    packages = {relative(p): {name.split(".")[0] for name in imports(p)} for p in MODULES}
     for package in set(OPTIONAL) - {"rich"}:
-        files = [relative(p) for p in MODULES if any(n.split(".")[0] == package for n in imports(p))]
+        files = [file for file, imported in packages.items() if package in imported]
         assert len(files) <= 1, (package, files)
 
 

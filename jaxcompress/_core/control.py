@@ -106,7 +106,6 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
-        _split_transpose=p.get("_split_transpose", False),
     )
     runtime.state.update({**state_c, **state_y})
     return [*c, *ys]

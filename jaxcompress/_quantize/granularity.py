@@ -74,8 +74,8 @@ def per_block(rows: int, columns: int) -> Granularity:
     """Returns the granularity of blocks of `rows` kept by `columns` contracted values.
 
     Example:
-        >>> from jaxcompress._quantize import granularity
-        >>> str(granularity.per_block(128, 128))
+        >>> import jaxcompress as jc
+        >>> str(jc.per_block(128, 128))
         'block:128x128'
     """
     return Granularity("block", columns, rows)

@@ -5,8 +5,9 @@
     minmax   s = (max x - min x) / (max(grid) - min(grid)), 0 in range
              z = round(min(grid) - min x / s)                          codes = round(x / s) + z
 
-Both are dynamic: the range comes from the very values that are quantized, so nothing is clipped
-and the straight-through estimator is the identity (Bengio et al. 2013).
+These and the means of ternary and binary weights follow the very values that are quantized, and
+their straight-through estimator is the identity (Bengio et al. 2013). Ranges that clip on purpose
+(`ranges.py`) pass the gradient of what is inside, edges included, and none of what is outside.
 """
 
 import dataclasses
@@ -17,19 +18,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .. import formats
-from .._core.qtensor import Blocks, QTensor
+from .._core.qtensor import Blocks, QTensor, Tiles
 from .._errors import FormatError, RecipeError
 from ..formats import Format
 from ..formats._base import check_floating, reject_nan
+from ..formats._rounding import ROUNDINGS, check
 from . import granularity as granularities
-from .granularity import Granularity
+from . import layout, ranges, scales
+from .granularity import Granularity, per_group
 
-# Under this the reciprocal of a scale overflows, or the scale itself is flushed to zero.
-_SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
+_CONVENTIONS = ("max", "half", "signed")
+_POWERS = (None, "ceil", "round", "floor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,30 @@ class Quantizer:
     Args:
         format: number format or its name.
         granularity: which values share a scale, or its name: "tensor", "channel", "token",
-            "example", "group:32".
-        range: "absmax" (symmetric) or "minmax" (with a zero point, integer formats only).
-            By default minmax for unsigned integers, else absmax. An unsigned format with an
-            explicit "absmax" is for arrays without negative values: it clips those to zero.
-        symmetric: True for absmax, False for minmax; another way to say `range`.
+            "example", "group:32", "block:128x128". By default the block of a block format, along
+            the contracted axes, else "channel". Constant ranges are per tensor.
+        range: how far the values that share a scale go: "absmax", "percentile", "mse", "kl",
+            "rms", "absmean" (ternary and binary formats), "twn" (ternary), "fixed", or with a zero
+            point (integer formats only) "minmax". By default minmax for unsigned integers, absmean
+            for ternary and binary, fixed for formats that need no scale (float16, bfloat16, fixed
+            point, learned codebooks), else absmax. An unsigned format with an explicit "absmax" is
+            for arrays without negative values: it clips those to zero.
+        symmetric: False for a zero point: "minmax", and "percentile" and "mse" of both ends.
         indivisible: what happens where groups do not fit: "error", "pad" (the last group is
             shorter), or "channel" (one group).
+        rounding: "half_even", "half_away", "floor", or "stochastic", which is unbiased and needs a
+            key in each call.
+        range_value: percentile p in (50, 100], by default 99.9; multiple k of the root mean square,
+            by default 3; the extent of "fixed", by default the largest number of the format.
+        convention: what the extent is mapped to, integer formats only: "max", the largest number;
+            "half", (2^bits - 1) / 2, which is 127.5 or 7.5 (qwix; compressed-tensors with the full
+            formats such as "int4_full"); "signed", where the value of largest absolute value
+            becomes the lowest number and the scale may be negative (llama.cpp Q4_0).
+        power_of_two: None, or how scales are rounded to powers of two: "ceil" (nothing is
+            clipped), "round" (nearest exponent) or "floor".
 
     Raises:
-        FormatError: if the format is unknown or cannot have a zero point.
+        FormatError: if the format is unknown or does not have what is asked.
         RecipeError: if another argument is unknown, or range and symmetric disagree.
 
     Example:
@@ -59,70 +75,121 @@ class Quantizer:
     """
 
     format: Format
-    granularity: Granularity = "channel"  # type: ignore[assignment]
+    granularity: Granularity = None  # type: ignore[assignment]
     range: str = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
     symmetric: bool = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
     indivisible: str = dataclasses.field(default="error", kw_only=True)
+    rounding: str = dataclasses.field(default="half_even", kw_only=True)
+    range_value: float | None = dataclasses.field(default=None, kw_only=True)
+    convention: str = dataclasses.field(default="max", kw_only=True)
+    power_of_two: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         fmt = formats.get(self.format)
-        symmetric = self.symmetric
+        symmetric, rng = self.symmetric, self.range
+        for name, choices in (
+            ("range", (None, *ranges.RANGES)),
+            ("indivisible", ("error", "pad", "channel")),
+            ("rounding", ROUNDINGS),
+            ("convention", _CONVENTIONS),
+            ("power_of_two", _POWERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise RecipeError(
+                    f"There is no {name}={getattr(self, name)!r}. "
+                    f"Available: {', '.join(repr(c) for c in choices if c is not None)}."
+                )
         if symmetric is None:
-            symmetric = fmt.min < 0 if self.range is None else self.range == "absmax"
-        resolved = "absmax" if symmetric else "minmax"
-        if self.range not in (None, "absmax", "minmax"):
-            raise RecipeError(f"There is no range {self.range!r}. Available: 'absmax', 'minmax'.")
-        if self.range not in (None, resolved):
-            raise RecipeError(
-                f"range={self.range!r} and symmetric={symmetric} disagree: "
-                "'absmax' is symmetric, 'minmax' is not. Give one of the two."
+            symmetric = (rng or fmt.default_range) in ranges.SYMMETRIC or (
+                rng in ranges.EITHER and fmt.default_range != "minmax"
             )
-        if self.indivisible not in ("error", "pad", "channel"):
+        if rng is None:
+            rng = fmt.default_range if symmetric else "minmax"
+            rng = "absmax" if symmetric and rng == "minmax" else rng
+        if rng in ranges.SYMMETRIC and not symmetric or rng == "minmax" and symmetric:
             raise RecipeError(
-                f"There is no indivisible={self.indivisible!r}. "
-                "Available: 'error', 'pad', 'channel'."
+                f"range={rng!r} and symmetric={symmetric} disagree: "
+                "'minmax' is not symmetric, 'percentile' and 'mse' may be either, the others "
+                "are. Give one of the two."
             )
-        if resolved == "minmax" and not fmt.affine:
+        if not symmetric and not fmt.affine:
             raise FormatError(
-                f"{fmt.name} takes no zero point, so it cannot have range='minmax'. Use 'absmax'."
+                f"{fmt.name} takes no zero point, so it cannot have range={rng!r} with "
+                "symmetric=False. Use 'absmax'."
             )
+        ranges.check(fmt, rng, symmetric, self.convention, self.power_of_two)
+        value = ranges.DEFAULT_VALUE.get(rng) if self.range_value is None else self.range_value
+        low, high = {"percentile": (50, 100)}.get(rng, (0, math.inf))
+        if value is not None and (
+            rng not in ("percentile", "rms", "fixed") or not low < value <= high
+        ):
+            raise RecipeError(
+                f"range={rng!r} got range_value={value!r}: 'percentile' takes a number above 50 "
+                "up to 100, 'rms' and 'fixed' a positive one, others take none."
+            )
+        granularity = self.granularity
+        if granularity is None:
+            granularity = "channel" if fmt.block is None else per_group(fmt.block)
+        if rng == "fixed" and fmt.block is None:
+            granularity = "tensor"
         resolve = functools.partial(object.__setattr__, self)
         resolve("format", fmt)
-        resolve("granularity", granularities.get(self.granularity))
-        resolve("range", resolved)
+        resolve("granularity", granularities.get(granularity))
+        resolve("range", rng)
         resolve("symmetric", bool(symmetric))
+        resolve("range_value", value)
+
+    @property
+    def top(self) -> float:
+        """The number of the grid that the extent of the values is mapped to."""
+        return (2**self.format.bits - 1) / 2 if self.convention == "half" else self.format.top
+
+    @property
+    def clips(self) -> bool:
+        """Whether the range leaves values outside, which then have no gradient."""
+        return self.range in ranges.CLIPPING
 
     def fake_quantize(
-        self, x: jax.Array, axis: int | Sequence[int], *, sync: Sequence[str] = ()
+        self,
+        x: jax.Array,
+        axis: int | Sequence[int],
+        *,
+        sync: Sequence[str] = (),
+        key: Any = None,
     ) -> jax.Array:
         """Returns the quantized values of x; derivatives pass straight through.
 
-        Computed in float32 and cast back. The tangent of the result is exactly the tangent of x,
-        in forward and reverse mode and to any order. Scalars are returned unchanged. A NaN or
-        infinity spreads to the values it shares a scale with.
+        Computed in float32 and cast back. The tangent of the result is exactly the tangent of x
+        (zero where a range that clips leaves a value outside), in forward and reverse mode and to
+        any order. Scalars are returned unchanged. A NaN or infinity spreads to the values it
+        shares a scale with.
 
         Args:
             x: floating, any shape.
             axis: the contracted axes, in the order of the operation.
             sync: mesh axes, inside `shard_map`, over which the range is shared.
+            key: PRNG key of stochastic rounding; a new one for each step.
 
         Returns:
             An array of the shape and dtype of x.
 
         Raises:
-            FormatError: if x is not floating, an axis is wrong, or a group does not fit.
+            FormatError: if x is not floating, an axis is wrong, a group does not fit, or
+                stochastic rounding has no key.
         """
         x = x if hasattr(x, "dtype") else jnp.asarray(x)
         check_floating(x.dtype, "fake_quantize")
         axis = self.check(x.shape, axis)
-        return x if not x.shape else _fake_quantize(x, self, axis, tuple(sync))
+        check(self.rounding, key)
+        return x if not x.shape else _fake_quantize(x, key, self, axis, tuple(sync))
 
-    def quantize(self, x: jax.Array, axis: int | Sequence[int]) -> QTensor:
+    def quantize(self, x: jax.Array, axis: int | Sequence[int], *, key: Any = None) -> QTensor:
         """Returns x in storage; its `.dequantize()` equals `fake_quantize` exactly.
 
         Args:
             x: floating, at least one axis.
             axis: the contracted axes, in the order of the operation.
+            key: PRNG key of stochastic rounding.
 
         Raises:
             FormatError: as `fake_quantize`; if x is a scalar; if x is concrete and has NaNs or
@@ -141,12 +208,15 @@ class Quantizer:
         if not self.format.has_nan:
             v = x.astype(jnp.float32)
             reject_nan(v - v, self.format.name)  # NaN also where x is infinite
-        return _quantize(x, self, axis)
+        check(self.rounding, key)
+        return _quantize(x, key, self, axis)
 
     def scales(
         self, x: jax.Array, axis: int | Sequence[int], sync: Sequence[str] = ()
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns (scale, zero_point or None), float32 of shape `scale_shape(x.shape, axis)`.
+
+        Scales that a format stores in few bits or in two levels come as the number they stand for.
 
         Args:
             x: floating, any shape.
@@ -163,69 +233,71 @@ class Quantizer:
         Raises:
             FormatError: if an axis is out of range or repeated, or a group does not fit.
         """
-        given = (axis,) if isinstance(axis, int) else tuple(axis)
-        ndim = len(shape)
-        if any(not -ndim <= a < ndim for a in given):
-            raise FormatError(f"axis {given} is out of range for an array of shape {shape}.")
-        normal = tuple(a % ndim for a in given)
-        if len(set(normal)) != len(normal):
-            raise FormatError(f"axis {given} names an axis of shape {shape} twice.")
-        size, length = self.granularity.size, math.prod(shape[a] for a in normal)
-        if size and length % size and self.indivisible == "error":
-            fits = [n for n in range(min(size, length), 0, -1) if length % n == 0][:3]
-            raise FormatError(
-                f"{self.granularity} does not fit shape {tuple(shape)}: axis {given} of length "
-                f"{length} is not a multiple of {size}. Sizes that fit: "
-                f"{', '.join(map(str, fits))}; or say indivisible='pad' or 'channel'."
-            )
-        return normal
+        return layout.check(shape, axis, self.granularity, self.indivisible)
 
     def scale_shape(self, shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of the scales of an array of that shape.
 
         It is that of the array with 1 along the axes that share a scale. With groups of n it is
         that of the array with its contracted axes replaced, where the first one was, by
-        (groups, 1), as in `Blocks.split`.
+        (groups, 1), as in `Blocks.split`; with blocks the other axes are cut likewise.
 
         Example:
             >>> import jaxcompress as jc
             >>> jc.Quantizer("int4", "group:32").scale_shape((64, 128), axis=0)
             (2, 1, 128)
         """
-        shape = tuple(shape)
-        blocks, shared = self._layout(shape, self.check(shape, axis))
+        shape, axis = tuple(shape), self.check(shape, axis)
+        blocks, shared = layout.cut(shape, axis, self.granularity, self.indivisible)
         view = shape if blocks is None else blocks.split_shape(shape)
         return tuple(1 if i in shared else n for i, n in enumerate(view))
 
     def shared_axes(self, shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
         """Returns the axes of the array that share a scale as a whole: none within groups.
 
+        All axes share the second scale of a format with two levels.
+
         Example:
             >>> import jaxcompress as jc
             >>> jc.Quantizer("int8").shared_axes((64, 128), axis=0)
             (0,)
         """
-        blocks, shared = self._layout(tuple(shape), self.check(shape, axis))
+        shape, axis = tuple(shape), self.check(shape, axis)
+        blocks, shared = layout.cut(shape, axis, self.granularity, self.indivisible)
+        if self.format.two_level:
+            return tuple(range(len(shape)))
         return shared if blocks is None else ()
 
     def nbytes(self, shape: Sequence[int], axis: int | Sequence[int]) -> int:
         """Returns the bytes that an array of that shape takes: `quantize(x, axis).nbytes`.
 
-        Packed codes, float32 scales, and zero points packed like the codes.
+        Packed codes, scales (float32, or one byte where the format says so), zero points packed
+        like the codes, and four bytes for the second level of scales.
         """
-        scale_shape = self.scale_shape(shape, axis)
-        codes = formats.packed_nbytes(tuple(shape), self.format.bits)
-        zeros = 0 if self.symmetric else formats.packed_nbytes(scale_shape, self.format.bits)
-        return codes + 4 * math.prod(scale_shape) + zeros
+        fmt, scale_shape = self.format, self.scale_shape(shape, axis)
+        codes = formats.packed_nbytes(tuple(shape), fmt.code_bits)
+        zeros = 0 if self.symmetric else formats.packed_nbytes(scale_shape, fmt.code_bits)
+        scale = fmt.scale_dtype.itemsize * math.prod(scale_shape)
+        return codes + scale + zeros + 4 * fmt.two_level
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as plain data, for JSON; `from_dict` is the inverse."""
-        return {
-            "format": self.format.name,
+        """Returns the settings as plain data, for JSON; `from_dict` is the inverse.
+
+        Settings that few quantizers have are left out where they are at their default.
+        """
+        out = {
+            "format": formats.to_data(self.format),
             "granularity": str(self.granularity),
             "range": self.range,
             "indivisible": self.indivisible,
         }
+        if self.range in ranges.EITHER:
+            out["symmetric"] = self.symmetric
+        for field in dataclasses.fields(self):
+            if field.name in ("rounding", "range_value", "convention", "power_of_two"):
+                if (value := getattr(self, field.name)) != field.default:
+                    out[field.name] = value
+        return out
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Quantizer":
@@ -239,108 +311,62 @@ class Quantizer:
             raise RecipeError(f"A quantizer has no settings {unknown}. Available: {known}.")
         return cls(**settings)
 
-    def _layout(
-        self, shape: tuple[int, ...], axis: tuple[int, ...]
-    ) -> tuple[Blocks | None, tuple[int, ...]]:
-        """Returns how the array is cut and which axes of the cut array share a scale."""
-        kind, size = self.granularity.kind, self.granularity.size
-        if kind == "tensor":
-            return None, tuple(range(len(shape)))
-        if kind == "example":
-            return None, tuple(range(1, len(shape)))
-        fits = size and math.prod(shape[a] for a in axis) % size == 0
-        if kind != "group" or not (fits or self.indivisible == "pad"):
-            return None, axis
-        blocks = Blocks(tuple(a - len(shape) for a in axis), size)
-        return blocks, (blocks.inner_axis(len(shape)),)
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def jaxcompress_fake_quantize(
-    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
+    x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
 ) -> jax.Array:
     """The primal of `Quantizer.fake_quantize`. Its name marks it in jaxprs."""
-    blocks, shared = quantizer._layout(x.shape, axis)
-    v = _view(x, blocks)
-    scale, zero = _find_scales(v, quantizer, shared, sync)
-    grid = _divide(v, scale)
-    if zero is None:
-        grid = quantizer.format.round(grid)
-    else:
-        zero = _broadcast(zero, v.shape)
-        shifted = lax.add(lax.round(grid, lax.RoundingMethod.TO_NEAREST_EVEN), zero)
-        grid = lax.sub(quantizer.format.round(shifted), zero)
-    out = lax.mul(grid, _broadcast(scale, v.shape))
+    v, s, blocks = _scaled(x, quantizer, axis, sync)
+    grid = scales.to_grid(v, quantizer, s, key, quantizer.rounding)
+    out = scales.from_grid(grid, quantizer, s)
     out = out if blocks is None else blocks.merge(out, x.shape)
     return lax.convert_element_type(out, x.dtype)
 
 
 @jaxcompress_fake_quantize.defjvp
 def _straight_through(quantizer, axis, sync, primals, tangents):
-    return jaxcompress_fake_quantize(*primals, quantizer, axis, sync), tangents[0]
+    out, tangent = jaxcompress_fake_quantize(*primals, quantizer, axis, sync), tangents[0]
+    if quantizer.clips:
+        x = lax.stop_gradient(primals[0])
+        v, s, blocks = _scaled(x, quantizer, axis, sync)
+        mask = scales.inside(v, quantizer, s)
+        mask = mask if blocks is None else blocks.merge(mask, x.shape)
+        tangent = lax.select(mask, tangent, lax.full_like(tangent, 0))
+    return out, tangent
 
 
 # One jit each, so that a repeated shape is traced once. `quantize` and `scales` are jitted too
 # because XLA rounds a division by a constant differently inside a jit than outside.
-_fake_quantize = jax.jit(jaxcompress_fake_quantize, static_argnums=(1, 2, 3))
+_fake_quantize = jax.jit(jaxcompress_fake_quantize, static_argnums=(2, 3, 4))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize(x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...]) -> QTensor:
-    blocks, shared = quantizer._layout(x.shape, axis)
-    v = _view(x, blocks)
-    scale, zero = _find_scales(v, quantizer, shared, ())
-    codes = quantizer.format.encode(v, scale, zero)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]) -> QTensor:
+    fmt = quantizer.format
+    v, s, blocks = _scaled(x, quantizer, axis, ())
+    codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding))
     codes = codes if blocks is None else blocks.merge(codes, x.shape)
     return QTensor.from_codes(
-        codes, scale, zero, format=quantizer.format, dtype=x.dtype, blocks=blocks
-    )
+        codes, s.scale, s.zero_point,
+        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=s.global_scale,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _scales(
     x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array | None]:
-    blocks, shared = quantizer._layout(x.shape, axis)
-    return _find_scales(_view(x, blocks), quantizer, shared, sync)
+    _, s, _ = _scaled(x, quantizer, axis, sync)
+    scale = functools.reduce(lax.mul, quantizer.format.factors(s.scale, s.global_scale))
+    return scale, s.zero_point
 
 
-def _find_scales(
-    v: jax.Array, quantizer: Quantizer, shared: tuple[int, ...], sync: tuple[str, ...]
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the scale, and the zero point or None, of float32 v over the shared axes."""
-    fmt = quantizer.format
-    if quantizer.range == "absmax":
-        absmax = lax.reduce_max(lax.abs(v), shared)
-        absmax = lax.pmax(absmax, sync) if sync else absmax
-        return lax.expand_dims(_scale(absmax, fmt.max), shared), None
-    low, high = lax.reduce_min(v, shared), lax.reduce_max(v, shared)
-    if sync:
-        low, high = lax.pmin(low, sync), lax.pmax(high, sync)
-    low, high = lax.min(low, _like(0, low)), lax.max(high, _like(0, high))
-    scale = _scale(lax.sub(high, low), fmt.max - fmt.min)
-    zero = fmt.round(lax.sub(_like(fmt.min, low), lax.div(low, scale)))
-    return lax.expand_dims(scale, shared), lax.expand_dims(zero, shared)
-
-
-def _scale(extent: jax.Array, steps: float) -> jax.Array:
-    """extent / steps, or 1 where that is zero or subnormal. NaN stays NaN."""
-    scale = lax.div(extent, _like(steps, extent))
-    return lax.select(lax.lt(scale, _like(_SMALLEST_SCALE, scale)), _like(1, scale), scale)
-
-
-def _view(x: jax.Array, blocks: Blocks | None) -> jax.Array:
+def _scaled(
+    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
+) -> tuple[jax.Array, scales.Scales, Blocks | Tiles | None]:
+    """Returns x in float32 and cut into blocks, its scales, and the blocks."""
+    blocks, shared = layout.cut(x.shape, axis, quantizer.granularity, quantizer.indivisible)
     v = lax.convert_element_type(x, jnp.float32)
-    return v if blocks is None else blocks.split(v)
-
-
-def _divide(v: jax.Array, scale: jax.Array) -> jax.Array:
-    return lax.div(v, _broadcast(scale, v.shape))
-
-
-def _broadcast(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return lax.broadcast_in_dim(a, shape, tuple(range(len(shape))))
-
-
-def _like(value: float, a: jax.Array) -> jax.Array:
-    return lax.full_like(a, value)
+    v = v if blocks is None else blocks.split(v)
+    return v, scales.find(v, quantizer, shared, sync, blocks is not None), blocks

@@ -7,7 +7,7 @@
     fixed       a = a constant; by default the largest number of the format, so that the scale is 1
     percentile  a = the p-th percentile of |x|, by default p = 99.9
     rms         a = k sqrt(mean x^2), by default k = 3
-    mse         a = the fraction of max|x| with the least squared error, on a grid
+    mse         a = the multiple of max|x| with the least squared error, of a grid from 0.2 to 2
     kl          a = the fraction of max|x| with the least relative entropy (Migacz 2017)
     minmax      min x and max x, widened to hold 0; asymmetric
 
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import formats
+from .._errors import FormatError
 from ..formats import Format
 
 SYMMETRIC = ("absmax", "absmean", "twn", "fixed", "rms", "kl")
@@ -30,7 +32,8 @@ EITHER = ("percentile", "mse")
 RANGES = (*SYMMETRIC, *EITHER, "minmax")
 CLIPPING = ("fixed", "percentile", "rms", "mse", "kl")
 DEFAULT_VALUE = {"percentile": 99.9, "rms": 3.0}
-MSE_FACTORS = tuple((np.arange(80, 15, -1) / 80).tolist())  # 1 ... 0.2
+# Above 1 for block formats, whose scales may be rounded so that the largest value saturates.
+MSE_FACTORS = (1.0, 2.0, 1.5, *(np.arange(79, 15, -1) / 80).tolist())
 _KL_BINS, _KL_CANDIDATES = 1024, 64
 
 Axes = tuple[int, ...]
@@ -113,8 +116,10 @@ def kl(v: jax.Array, shared: Axes, sync: tuple[str, ...], fmt: Format) -> jax.Ar
         number = jnp.searchsorted(jnp.asarray(grid), fmt.round(center / t * np.float32(fmt.top)))
         number = jnp.clip(number, 0, grid.size - 1)
         p = histogram * inside
-        spread = jnp.zeros((2, groups, grid.size)).at[:, :, number].add(
-            jnp.stack([p, (p > 0).astype(jnp.float32)])
+        spread = (
+            jnp.zeros((2, groups, grid.size))
+            .at[:, :, number]
+            .add(jnp.stack([p, (p > 0).astype(jnp.float32)]))
         )
         q = (spread[0] / jnp.maximum(spread[1], 1))[:, number] * (p > 0)
         last = jnp.argmax(jnp.where(center[None] < t, center[None], -1.0), axis=1)[0]
@@ -127,3 +132,29 @@ def kl(v: jax.Array, shared: Axes, sync: tuple[str, ...], fmt: Format) -> jax.Ar
     candidates = jnp.arange(_KL_CANDIDATES, 7, -1, dtype=jnp.float32) / _KL_CANDIDATES
     best = candidates[jnp.argmin(lax.map(divergence, candidates), axis=0)]
     return full * best.reshape([1 if i in shared else n for i, n in enumerate(v.shape)])
+
+
+def check(
+    fmt: Format, rng: str, symmetric: bool, convention: str, power_of_two: str | None
+) -> None:
+    """Raises FormatError unless the format has such a range, convention and power of two."""
+    integer = isinstance(fmt, formats.Integer) and symmetric
+    if convention != "max" and not integer:
+        raise FormatError(
+            f"convention={convention!r} is for integer formats with a symmetric range, "
+            f"got {fmt.name} with {rng!r}."
+        )
+    if convention == "signed" and (rng != "absmax" or not fmt.min < 0):
+        raise FormatError(
+            "convention='signed' needs a signed format and range='absmax', "
+            f"got {fmt.name} and {rng!r}."
+        )
+    if power_of_two and fmt.block is not None:
+        raise FormatError(f"{fmt.name} has scales of its own: leave out power_of_two.")
+    if rng in ("absmean", "twn"):
+        known = formats.Ternary if rng == "twn" else (formats.Ternary, formats.Binary)
+        if not isinstance(fmt, known):
+            raise FormatError(
+                f"range={rng!r} is for {'ternary' if rng == 'twn' else 'ternary and binary'} "
+                f"formats, got {fmt.name}. Use 'absmax'."
+            )

@@ -31,6 +31,7 @@ def _group(bits: int, n: int) -> Quantizer:
 
 _INT8, _INT8_TOKEN = Quantizer("int8", "channel"), Quantizer("int8", "token")
 _FP8, _FP8_TOKEN = (Quantizer("float8_e4m3fn", g) for g in ("channel", "token"))
+_FPGA = Quantizer("int6", "tensor", power_of_two="ceil")  # a shift, and no zero point
 
 RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
     {
@@ -43,6 +44,14 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
             _named("w4a8-g32", _group(4, 32), _INT8_TOKEN),
             _named("w2a16-g32", _group(2, 32)),
             _named("fp8", _FP8, _FP8_TOKEN),
+            _named("mxfp8", Quantizer("mxfp8_e4m3"), Quantizer("mxfp8_e4m3")),
+            _named("mxfp6", Quantizer("mxfp6_e2m3"), Quantizer("mxfp6_e2m3")),
+            _named("mxfp4", Quantizer("mxfp4"), Quantizer("mxfp4")),
+            _named("nvfp4", Quantizer("nvfp4"), Quantizer("nvfp4")),
+            _named("nf4", Quantizer("nf4", per_group(64))),  # QLoRA's block
+            _named("ternary", Quantizer("ternary", "channel"), _INT8_TOKEN),  # BitNet b1.58
+            _named("binary", Quantizer("binary", "channel")),  # binary weights of XNOR-Net
+            _named("fpga-w6a6", _FPGA, _FPGA),
         )
     }
 )

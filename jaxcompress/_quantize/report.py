@@ -146,9 +146,9 @@ def report(
     >>> fn = lambda p, x: x @ p["w"] + p["b"]
     >>> params = {"w": jnp.ones((4, 8)), "b": jnp.ones((1, 8))}
     >>> for row in report(fn, "w8a16")(params, jnp.ones((2, 4))).rows:
-    ...     print(row.site, row.weight, row.bytes_before, row.bytes_after, row.reason)
+    ...     print(row.site, row.weight, row.bytes_before, row.bytes_after)
     w int8 per channel 128 64
-    b float32 32 32 read by no matmul, convolution or embedding
+    b float32 32 32
     """
     chosen = Recipe([], "none") if recipe is None else recipes.get(recipe)
     listing = Transformed(fn, QuantizeAware(chosen), argnums)

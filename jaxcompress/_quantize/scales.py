@@ -109,7 +109,9 @@ def inside(v: jax.Array, q: Quantizer, s: Scales) -> jax.Array:
     if s.zero_point is None:
         ends = (multiply(lax.full_like(factors[0], end), factors) for end in (low, high))
     else:
-        ends = (multiply(end - s.zero_point, factors) for end in (np.float32(low), np.float32(high)))
+        ends = (
+            multiply(end - s.zero_point, factors) for end in (np.float32(low), np.float32(high))
+        )
     low, high = (_broadcast(end * _EDGE, v.shape) for end in ends)
     return (v >= low) & (v <= high)
 
@@ -162,7 +164,8 @@ def _least_squares(
         return (lax.select(better, e, least), lax.select(better, _factor(factor, e), best)), None
 
     first = error(scales(_factor(np.float32(factors[0]), high)))
-    start = first, lax.full_like(first, factors[0])
+    every = _factor(factors[0], first)
+    start = first, lax.select(first < np.inf, every, every)  # varies over mesh axes like `first`
     (_, best), _ = lax.scan(step, start, np.float32(factors[1:]))
     return scales(best)
 

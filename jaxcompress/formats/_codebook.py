@@ -2,6 +2,7 @@
 """Codebooks: any finite set of numbers. NF4 is one; k-means learns one from data."""
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class Codebook(Format):
         table = np.array(self.table, np.float32)
         if rounding in ("half_even", "half_away"):
             return _count(v, _thresholds(table, rounding))
-        low = _count(v, np.nextafter(table[1:], np.float32(-np.inf)))
+        low = _count(v, _just_below(table[1:]))
         if rounding == "floor":
             return low
         at = lambda i: jnp.asarray(table).at[i].get(mode="clip")  # noqa: E731
@@ -88,9 +89,7 @@ def codebook(values: Sequence[float], *, scaled: bool = True) -> Codebook:
         raise FormatError(
             f"A codebook has 2 to 256 different finite float32 numbers, got {table.tolist()}."
         )
-    bits = int(np.ceil(np.log2(table.size)))
-    name = "codebook_" + "_".join(f"{v:g}" for v in table[:4]) + "_etc" * (table.size > 4)
-    return _make(name, bits, table, "absmax" if scaled else "fixed")
+    return _make(_name(table), table, "absmax" if scaled else "fixed")
 
 
 def codebook_from_data(
@@ -170,15 +169,16 @@ def _kmeans(x: np.ndarray, h: np.ndarray, bits: int, key: Any, steps: int) -> Co
     table = np.unique(centers.astype(np.float32))
     if table.size < 2:
         table = np.float32([x[0], x[-1]])
-    name = f"codebook{bits}_" + f"{hash(tuple(table.tolist())) & 0xFFFFFF:06x}"
-    return _make(name, bits, table, "fixed")
+    return _make(_name(table), table, "fixed")
 
 
-def _make(name: str, bits: int, table: np.ndarray, default_range: str) -> Codebook:
-    values = tuple(float(v) for v in table)
-    return Codebook(
-        name, bits, values[0], values[-1], jnp.dtype(jnp.uint8), values, default_range
-    )
+def _name(table: np.ndarray) -> str:
+    return f"codebook{table.size}_{zlib.crc32(table.tobytes()):08x}"
+
+
+def _make(name: str, table: np.ndarray, default_range: str) -> Codebook:
+    values, bits = tuple(float(v) for v in table), int(np.ceil(np.log2(table.size)))
+    return Codebook(name, bits, values[0], values[-1], jnp.dtype(jnp.uint8), values, default_range)
 
 
 def _count(v: jax.Array, thresholds: np.ndarray) -> jax.Array:
@@ -199,7 +199,13 @@ def _thresholds(table: np.ndarray, rounding: str) -> np.ndarray:
     t = np.where(t > exact, below, t)
     odd = np.arange(exact.size) % 2 == 1  # the upper neighbour has the even code
     upwards = odd if rounding == "half_even" else exact > 0
-    return np.where((t == exact) & upwards, np.nextafter(t, np.float32(-np.inf)), t)
+    return np.where((t == exact) & upwards, _just_below(t), t)
 
 
-nf4 = _make("nf4", 4, np.array(_NF4, np.float32), "absmax")
+def _just_below(t: np.ndarray) -> np.ndarray:
+    """Returns the next lower float32. Not a subnormal one, which XLA would take for zero."""
+    below = np.nextafter(t, np.float32(-np.inf))
+    return np.where(t == 0, -np.finfo(np.float32).smallest_normal, below)
+
+
+nf4 = _make("nf4", np.array(_NF4, np.float32), "absmax")

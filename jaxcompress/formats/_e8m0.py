@@ -119,9 +119,7 @@ def e8m0_factors(code: jax.Array) -> tuple[jax.Array, jax.Array]:
 def check_rule(rule: str) -> None:
     """Raises FormatError unless there is such a scale rule."""
     if rule not in SCALE_RULES:
-        raise FormatError(
-            f"There is no scale_rule {rule!r}. Available: {', '.join(SCALE_RULES)}."
-        )
+        raise FormatError(f"There is no scale_rule {rule!r}. Available: {', '.join(SCALE_RULES)}.")
 
 
 float8_e8m0fnu = E8M0("float8_e8m0fnu", 8, 2.0**-127, 2.0**127, jnp.dtype(jnp.float8_e8m0fnu))

@@ -88,9 +88,7 @@ class NVFP4(Format):
 
 def _make(name: str, scale_top: float, search: tuple[float, ...]) -> NVFP4:
     element = float4_e2m1fn
-    return NVFP4(
-        name, 4.5, element.min, element.max, element.dtype, element, scale_top, search
-    )
+    return NVFP4(name, 4.5, element.min, element.max, element.dtype, element, scale_top, search)
 
 
 nvfp4 = _make("nvfp4", 448.0, (1.0,))

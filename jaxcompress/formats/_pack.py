@@ -81,6 +81,10 @@ def unpack(packed: Any, bits: int, size: int, dtype: Any) -> jax.Array:
             f"{size} codes of {bits} bits fill {-(-size * bits // 8)} bytes, "
             f"but the last axis of {packed.shape} holds {packed.shape[-1]}."
         )
+    if bits in _WORDS:
+        codes = _spread(packed, bits, extend=dtype == jnp.int8)
+        codes = lax.slice_in_dim(codes, 0, size, axis=-1)
+        return lax.bitcast_convert_type(codes, dtype)
     width = 1 if 8 % bits else bits
     fields = _flatten_last(_split(packed, 8 // width, width))
     fields = lax.slice_in_dim(fields, 0, size * bits // width, axis=-1)
@@ -96,6 +100,28 @@ def packed_nbytes(shape: tuple[int, ...], bits: int) -> int:
     """Returns how many bytes codes of that shape take when packed along the last axis."""
     *rows, last = shape
     return math.prod(rows) * -(-last * bits // 8)
+
+
+# A word holds the codes of a byte, one in each of its bytes.
+_WORDS = {4: np.uint16, 2: np.uint32}
+
+
+def _spread(packed: jax.Array, bits: int, extend: bool) -> jax.Array:
+    """uint8[..., n] -> uint8[..., n * 8 / bits]: one code per byte, with its sign if `extend`.
+
+    Whole words are computed and then seen as bytes, which XLA vectorizes on CPUs, unlike a loop
+    over the codes of a byte. Words are little-endian on every platform of XLA.
+    """
+    word = _WORDS[bits]
+    x = packed.astype(word)
+    starts = range(0, 8, bits)
+    masks = [word((2**bits - 1) << start) for start in starts]
+    parts = [(x & mask) << word(i * (8 - bits)) for i, mask in enumerate(masks)]
+    x = functools.reduce(lax.bitwise_or, parts)
+    if extend:  # the highest bit of a code, times 11...10, fills the bits above it
+        high = sum(2 ** (bits - 1) << 8 * i for i in range(len(masks)))
+        x = x | ((x & word(high)) * word(2 * (2 ** (8 - bits) - 1)))
+    return _flatten_last(lax.bitcast_convert_type(x, jnp.uint8))
 
 
 def _split(x: jax.Array, fields: int, width: int) -> jax.Array:

@@ -268,7 +268,8 @@ def test_platform_dependent_lowers_only_its_own_branch():
         return f
 
     recipe = Recipe([Rule("*pallas_call", None), Rule("*", "int8", "int8")])
-    assert_twins(quantize_aware(model(dense), recipe), model(dense_q), STACK, X)
+    got = jax.jit(quantize_aware(model(dense), recipe))(STACK, X)  # kernels have no derivative
+    assert_same(got, jax.jit(lambda p, x: jnp.sin(dense_q(x, p["w"][0])))(STACK, X))
 
 
 def test_optimization_barrier_keeps_what_is_a_weight():

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake quantization written by hand, with jax.numpy alone: what every transform is compared with."""
+"""Fake quantization by hand, with jax.numpy alone: what every transform is compared with."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-
 
 # Where JAX or XLA adds the same numbers in another order (fusion inside a loop, cotangents that
 # meet), results differ by the rounding of float32: a few times 2**-24 of the largest value.
@@ -53,7 +52,7 @@ def assert_same(got, want, tolerance: float = 0.0) -> None:
 
 
 def values_and_gradients(f, *args):
-    """Result and gradients of the sum of squares with respect to what floats among the first two."""
+    """Result and gradients of the sum of squares for what floats among the first two arguments."""
 
     def loss(*args):
         return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in jax.tree.leaves(f(*args)))

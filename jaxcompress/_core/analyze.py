@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 from jax.extend.core import Literal
 
 from . import _compat, dimensions
-from .provenance import CONSTANT, DATA, ONE_BY_ONE, Label, canonical, join, renumber, transfer
+from .provenance import (
+    CONSTANT,
+    DATA,
+    ONE_BY_ONE,
+    UPDATES,
+    Label,
+    canonical,
+    merge,
+    renumber,
+    transfer,
+)
 from .sites import LOOKUPS, OPERATIONS, Operand, Plan, Site, row_axes
 
 MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
@@ -167,6 +177,8 @@ def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     if name in ONE_BY_ONE and len(eqn.outvars) == len(ins):
         return [transfer(name, [label]) for label in ins]
     out = transfer(name, ins, rank)
+    if name in UPDATES and out.data and len({v.aval.shape for v in eqn.invars[-2:]}) == 1:
+        out = merge(ins)
     if name in OPERATIONS:
         roles = _site(state, i, eqn, ins)
         if "activation" in roles and out.chosen:
@@ -185,14 +197,16 @@ def _row_rank(eqn: Any) -> int:
 def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[str]:
     """Records a site and returns the roles of its operands."""
     labels = ins[: OPERATIONS[eqn.primitive.name]]
-    roles = ["weight" if label.weight else "activation" for label in labels]
-    if eqn.primitive.name in LOOKUPS:
+    lookup = eqn.primitive.name in LOOKUPS
+    # Rows of a table that data chose are activations; matrices that it chose are weights.
+    weights = [label.weight and (lookup or label.chosen != 1) for label in labels]
+    roles = ["weight" if weight else "activation" for weight in weights]
+    if lookup:
         # An embedding is read by data, row by row; static indices only pick a part of a weight.
         by_data = any(label.data or label.chosen for label in ins[1:])
         if not labels[0].weight or labels[0].chosen or not by_data or not row_axes(eqn):
             return []
     elif roles == ["weight", "weight"] and labels[0].chosen != labels[1].chosen:
-        # emb[ids] @ w: the rows that data chose are the activation.
         pieces = [label.chosen or math.inf for label in labels]
         roles = ["activation" if n == min(pieces) else "weight" for n in pieces]
     for label, role in zip(labels, roles, strict=True):
@@ -335,7 +349,7 @@ def _fixed_point(body: Any, carry: list[Label]) -> tuple[list[Label], tuple]:
     while True:
         result = body(carry)
         new = [
-            old if out == old else join([old, out])._replace(manual=_wider(old, out))
+            old if out == old else merge([old, out])._replace(manual=_wider(old, out))
             for old, out in zip(carry, result[2], strict=False)
         ]
         if new == carry:
@@ -355,7 +369,7 @@ def _cond(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     outs = []
     for labels in zip(*(result[2] for result in results), strict=True):
         # Parameters picked by a predicate on data are still parameters: an expert, a layer.
-        out = labels[0] if len(set(labels)) == 1 else join(labels)
+        out = labels[0] if len(set(labels)) == 1 else merge(labels)
         if ins[0].data and out.weight:
             out = out._replace(chosen=out.chosen or 2)
         for label in labels:
@@ -365,7 +379,7 @@ def _cond(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
 
 
 _RULES = {
-    **{name: _call for name in CALLS},
+    **dict.fromkeys(CALLS, _call),
     "jit": _jit,
     "pjit": _jit,
     "custom_vjp_call": _custom_vjp,
@@ -452,9 +466,7 @@ class _Namer:
             shape = tuple(getattr(v.aval, "shape", ()))
             dtype = getattr(v.aval, "dtype", None)
             constant = not label.data and not label.params
-            operands.append(
-                Operand(role, path, shape, dtype, constant, label.manual, label.owners)
-            )
+            operands.append(Operand(role, path, shape, dtype, constant, label.manual, label.owners))
         op = "gather" if eqn.primitive.name in LOOKUPS else eqn.primitive.name
         base = used[0] if used and not draft.opaque else ""
         if not base:

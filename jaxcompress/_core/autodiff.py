@@ -71,10 +71,16 @@ def _enter(scope: Scope, fn: Callable, primals: tuple) -> tuple[Callable, tuple]
 
     marks, prefix = scope.marks, f"{MARK}{k}/"
     known = any(name.startswith(prefix) and label.params for name, label in marks.items())
-    ins = [marks.get(f"{prefix}{i}", CONSTANT) for i in range(len(arrays))] if known else None
+
+    def label_of(name: str) -> Label:
+        label = marks.get(prefix + name, CONSTANT)
+        # Parameters that were updated before are the parameters of what is differentiated now.
+        return Label(params=label.params) if label.data and label.params else label
+
+    ins = [label_of(str(i)) for i in range(len(arrays))] if known else None
 
     def closure(count: int) -> list[Label]:
-        return [marks.get(f"{prefix}closure/{i}", CONSTANT) for i in range(count)]
+        return [label_of(f"closure/{i}") for i in range(count)]
 
     assert scope.region is not None
     fn = _named(scope, scope.region(fn, ins, closure, scope))

@@ -173,9 +173,7 @@ def custom_jvp(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -
         inputs = (*primals[0][skip:], *tangents[0][skip:])
         results = jax.core.eval_jaxpr(jaxpr, consts, *inputs)
         nonzero = iter(results[len(zeros) :])
-        dots = [
-            _zeros(y) if zero else next(nonzero) for y, zero in zip(out[0], zeros, strict=True)
-        ]
+        dots = [_zeros(y) if zero else next(nonzero) for y, zero in zip(out[0], zeros, strict=True)]
         return out, (dots, _zeros(out[1]))
 
     outs, state = f(tuple(values), pick(runtime.learned, names), pick(runtime.state, names))
@@ -216,9 +214,7 @@ def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, rule: Any
         leading = [closed_over(value, args) for value in rule.leading]
         outs = _run(rule.jaxpr, plans[1], [*leading, *args[skip:]], inner)
         made, outs = iter(outs[: len(outs) - count]), outs[len(outs) - count :]
-        residuals = [
-            next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)
-        ]
+        residuals = [next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)]
         return (outs, inner.state), (residuals, args, learned, state)
 
     def backward(saved, cotangents):

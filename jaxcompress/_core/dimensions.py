@@ -191,5 +191,5 @@ _SPECIAL = {
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
     "optimization_barrier": _same,
-    **{name: _same for name in COLLECTIVES_KEEP - {"all_gather_invariant"}},
+    **dict.fromkeys(COLLECTIVES_KEEP - {"all_gather_invariant"}, _same),
 }

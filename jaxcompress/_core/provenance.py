@@ -18,7 +18,9 @@ class Label(NamedTuple):
 
     Attributes:
       data: depends on an argument that holds no parameters.
-      params: numbers of the parameters that it derives from; empty for a constant.
+      params: numbers of the parameters that it derives from; empty for a constant. Of data: the
+        parameters that it is an update of (w - rate * gradient), which matters only where that
+        is differentiated again.
       chosen: rank of the pieces of a parameter that data chose: 1 for rows of an embedding, 2
         and more for matrices (experts, layers), 0 where nothing was chosen.
       scans: depths of the enclosing scans over which it is one slice of a stack.
@@ -53,6 +55,7 @@ ONE_BY_ONE = frozenset(
     "optimization_barrier psum psum2 psum_invariant pmax pmin pvary pcast ppermute".split()
 )
 INDEXING = frozenset({"dynamic_slice", "gather"})
+UPDATES = frozenset({"add", "sub", "add_any", "select_n"})
 
 
 def join(labels: Iterable[Label]) -> Label:
@@ -81,6 +84,20 @@ def transfer(primitive: str, labels: Sequence[Label], rank: int = 0) -> Label:
     out = join(labels)
     # Arithmetic on rows that data chose is an activation: emb[ids] * sqrt(d).
     return DATA if out.chosen == 1 else out
+
+
+def merge(labels: Iterable[Label]) -> Label:
+    """Label of a value that is one of several: a loop's carry, the result of a branch.
+
+    Also of an update, the sum of a parameter and data of the same shape.
+    """
+    labels = list(labels)
+    out = join(labels)
+    if not out.data:
+        return out
+    return DATA._replace(
+        params=frozenset().union(*(label.params for label in labels if not label.chosen))
+    )
 
 
 def canonical(labels: Sequence[Label]) -> tuple[tuple[Label, ...], list[int]]:

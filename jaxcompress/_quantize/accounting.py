@@ -159,7 +159,12 @@ def _stored(
 def _format(site: Site, setting: Sequence, role: str) -> str | None:
     for operand, quantizer in zip(site.operands, setting, strict=True):
         if operand.role == role:
-            return describe(quantizer) if quantizer else str(jnp.dtype(operand.dtype))
+            if quantizer is None:
+                return str(jnp.dtype(operand.dtype))
+            if site.op == "conv_general_dilated" and role == "activation":
+                # Windows overlap: what shares a scale per token is a whole example.
+                return describe(quantizer).replace("per token", "per example")
+            return describe(quantizer)
     return None
 
 

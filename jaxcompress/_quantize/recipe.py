@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from .. import formats
 from .._core.patterns import matches
 from .._core.sites import Site
 from .._errors import RecipeError
@@ -71,9 +72,16 @@ class Rule:
         matches(self.pattern, "")  # a broken regular expression fails here
         for field, granularity in (("weight", "channel"), ("activation", "token")):
             value = getattr(self, field)
-            if value is not None and not isinstance(value, Quantizer):
-                value = Quantizer(value, granularity)
-            if value is not None and self.indivisible is not None:
+            if value is None:
+                continue
+            if not isinstance(value, Quantizer):  # a block format brings its own blocks
+                value = Quantizer(value, None if formats.get(value).block else granularity)
+            if value.rounding == "stochastic":
+                raise RecipeError(
+                    f"{field} of rule {self.pattern!r}: a recipe has no random key, which "
+                    'rounding="stochastic" needs. Use rounding="half_even".'
+                )
+            if self.indivisible is not None:
                 value = dataclasses.replace(value, indivisible=self.indivisible)
             object.__setattr__(self, field, value)
 

@@ -85,7 +85,8 @@ def to_grid(v: jax.Array, q: Quantizer, s: Scales, key: Any, rounding: str) -> j
     fmt = q.format
     factors = (s.divisor,) if s.divisor is not None else fmt.factors(s.scale, s.global_scale)
     if fmt.two_level:  # a scale that is rounded to zero makes zeros
-        (f,) = factors
+        # The barrier keeps XLA from computing the scales anew for each value.
+        (f,) = lax.optimization_barrier(factors)
         factors = (lax.select(f == 0, lax.full_like(f, np.inf), f),)
     grid = divide(v, factors)
     if s.zero_point is not None:

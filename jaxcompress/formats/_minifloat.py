@@ -79,7 +79,12 @@ class Minifloat(Format):
                 lax.full_like(exponent, M),
             )
         ulp = exponent - step
-        return to_integer(v * _power(-ulp), rounding, key) * _power(ulp)
+        v = v * _power(-ulp)
+        k = to_integer(v, rounding, key)
+        if M == 0 and rounding == "half_even":  # 1.5 lies between exponents, one of which is even
+            down = (lax.abs(v) == np.float32(1.5)) & ((exponent + np.int32(self.bias)) % 2 == 0)
+            k = lax.select(down, lax.sign(v), k)
+        return k * _power(ulp)
 
     def to_codes(self, grid: jax.Array) -> jax.Array:
         if jnp.issubdtype(self.dtype, jnp.floating):

@@ -109,8 +109,9 @@ _WORDS = {4: np.uint16, 2: np.uint32}
 def _spread(packed: jax.Array, bits: int, extend: bool) -> jax.Array:
     """uint8[..., n] -> uint8[..., n * 8 / bits]: one code per byte, with its sign if `extend`.
 
-    Whole words are computed and then seen as bytes, which XLA vectorizes on CPUs, unlike a loop
-    over the codes of a byte. Words are little-endian on every platform of XLA.
+    Whole words are computed and then seen as bytes; they are little-endian on every platform of
+    XLA. On CPUs the bytes are written before they are used, because XLA does not vectorize what it
+    fuses with the view; elsewhere the unpacking is fused into what reads the codes.
     """
     word = _WORDS[bits]
     x = packed.astype(word)
@@ -121,7 +122,9 @@ def _spread(packed: jax.Array, bits: int, extend: bool) -> jax.Array:
     if extend:  # the highest bit of a code, times 11...10, fills the bits above it
         high = sum(2 ** (bits - 1) << 8 * i for i in range(len(masks)))
         x = x | ((x & word(high)) * word(2 * (2 ** (8 - bits) - 1)))
-    return _flatten_last(lax.bitcast_convert_type(x, jnp.uint8))
+    codes = lax.bitcast_convert_type(x, jnp.uint8)
+    codes = lax.platform_dependent(codes, cpu=lax.optimization_barrier, default=lambda c: c)
+    return _flatten_last(codes)
 
 
 def _split(x: jax.Array, fields: int, width: int) -> jax.Array:

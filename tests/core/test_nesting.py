@@ -35,8 +35,9 @@ def check(model, p=STACK, x=X, *, tolerance=0.0, gradient=None):
     assert_twins(q, model(dense_q), p, x, tolerance=tolerance, gradient=gradient)
 
 
-# The body of a loop is compiled by itself: where its forward part is a call of a function, as
-# the quantized one is, XLA fuses the sums of its backward part in another order.
+# Values are equal to the last bit; gradients are not quite. In a differentiated loop the quantized
+# weights still equal NumPy's bit for bit, but the activations that are kept between the layers
+# differ from the twin's in the last bit of float32 (6e-8), since its body is compiled otherwise.
 LOOP = {"gradient": ROUNDING}
 
 
@@ -132,9 +133,7 @@ def test_scan_over_layers_inside_scan_over_time():
         def step(p, h, row):
             return lax.scan(lambda h, w: (jnp.tanh(dot(h, w)), None), h + row[None], p["w"])
 
-        return lambda p, x: lax.scan(
-            lambda h, row: (step(p, h, row)[0], h), jnp.zeros((1, 4)), x
-        )
+        return lambda p, x: lax.scan(lambda h, row: (step(p, h, row)[0], h), jnp.zeros((1, 4)), x)
 
     (site,) = jc.sites(model(dense))(STACK, X)
     assert (site.loops, site.stack) == ((6, 3), (3,))
@@ -443,7 +442,7 @@ def test_custom_vjp_that_closes_over_traced_values():
     q, twin = quantize_aware(model(dense), "w8a8"), model(dense_q)
     assert_same(jax.jit(q)(STACK, X), jax.jit(twin)(STACK, X))
     grad = lambda f: jax.grad(lambda p: jnp.sum(f(p, X) ** 2))(STACK)  # noqa: E731
-    assert_same(grad(q), grad(twin), tolerance=ROUNDING)
+    assert_same(grad(q), grad(twin))
 
 
 def test_custom_vjp_whose_forward_calls_the_function_itself():
@@ -466,7 +465,7 @@ def test_custom_vjp_whose_forward_calls_the_function_itself():
         g = jax.grad(lambda p, x: jnp.sum(model(dot)(p, x) ** 2), argnums=1)
         return lambda p, x: jnp.sum(g(p, x) ** 2)
 
-    check(twice, tolerance=ROUNDING)
+    check(twice)
 
 
 def test_custom_vjp_with_symbolic_zeros():
@@ -500,7 +499,7 @@ def test_custom_vjp_under_vmap():
         return token(x) @ weight(w)
 
     q = quantize_aware(model(dense), "w8a8")
-    assert_twins(q, model(twin_dot), STACK, X, tolerance=ROUNDING)
+    assert_twins(q, model(twin_dot), STACK, X)
 
 
 def test_custom_vjp_whose_forward_calls_vjp():
@@ -512,7 +511,7 @@ def test_custom_vjp_whose_forward_calls_vjp():
         f.defvjp(lambda p, x: jax.vjp(mlp(dot), p, x), lambda pullback, g: pullback(g))
         return f
 
-    check(model, TWO, tolerance=ROUNDING)
+    check(model, TWO)
 
 
 def test_custom_vjp_whose_forward_alone_has_the_matmul():
@@ -633,10 +632,7 @@ def test_functions_with_custom_rules_of_jax_are_kept():
 def test_vmap_inside():
     check(lambda dot: lambda p, x: jax.vmap(lambda x: dot(x, p["w"][0]))(x))
     # Each layer of the ensemble has its own scales; the activation has one per row.
-    check(
-        lambda dot: lambda p, x: jax.vmap(dot, (None, 0))(x, p["w"]),
-        tolerance=ROUNDING,  # the twin's dot_general has its operands the other way round
-    )
+    check(lambda dot: lambda p, x: jax.vmap(dot, (None, 0))(x, p["w"]))
 
 
 def test_lax_map_inside():
@@ -790,15 +786,18 @@ INNER = [
 ]  # fmt: skip
 
 
+# A loop and a second derivative: 1e-7 apart in float32, 1e-16 in float64, so it is rounding.
+ROUNDED = (scanned_penalty, hessian)
+
+
 @pytest.mark.parametrize("model", INNER, ids=lambda f: f.__name__)
 def test_derivatives_inside(model):
-    # Cotangents from two derivatives meet, and are added in another order.
-    check(model, TWO, tolerance=ROUNDING * 4)
+    check(model, TWO, tolerance=ROUNDING if model in ROUNDED else 0.0)
 
 
 def test_gradient_penalty_with_parameters_cast_and_closed_over():
     # bfloat16 keeps 8 bits: one rounding apart after sums in another order.
-    check(closed_over_penalty, TWO, tolerance=2.0**-7)
+    check(closed_over_penalty, TWO, tolerance=0.0)
 
 
 def test_train_step_inside():

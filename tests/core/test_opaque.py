@@ -128,9 +128,7 @@ def test_no_error_without_a_parameter(hidden):
     _, f = hidden
     plain = lambda p, x: f(x, W) @ p["head"]  # noqa: E731
     twin = lambda p, x: token(f(x, W)) @ weight(p["head"])  # noqa: E731
-    assert_same(
-        jax.jit(quantize_aware(plain, "w8a8"))(PARAMS, X), jax.jit(twin)(PARAMS, X)
-    )
+    assert_same(jax.jit(quantize_aware(plain, "w8a8"))(PARAMS, X), jax.jit(twin)(PARAMS, X))
 
 
 def test_no_error_with_an_empty_recipe(hidden):

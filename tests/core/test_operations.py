@@ -53,7 +53,9 @@ def test_dot_general_that_contracts_two_axes():
     w, x = normal(3, 5, 4, seed=1), normal(4, 6, 3, seed=2)
     dims = (((0, 2), (2, 0)), ((), ()))
     assert_twins(
-        quantize_aware(lambda w, x: lax.dot_general(x, w, ((dims[0][1], dims[0][0]), dims[1])), "w8a8"),
+        quantize_aware(
+            lambda w, x: lax.dot_general(x, w, ((dims[0][1], dims[0][0]), dims[1])), "w8a8"
+        ),
         lambda w, x: lax.dot_general(
             token(x, (0, 2)), weight(w, (0, 2)), ((dims[0][1], dims[0][0]), dims[1])
         ),
@@ -138,7 +140,10 @@ def test_vector_operands():
         quantize_aware(lambda w, x: x @ w, "w8a8"), lambda w, x: token(x, 0) @ weight(w), W, x
     )
     assert_twins(
-        quantize_aware(lambda w, x: w.T @ x, "w8a8"), lambda w, x: weight(w.T, 1) @ token(x, 0), W, x
+        quantize_aware(lambda w, x: w.T @ x, "w8a8"),
+        lambda w, x: weight(w.T, 1) @ token(x, 0),
+        W,
+        x,
     )
 
 
@@ -293,9 +298,7 @@ def test_conv_transpose(transpose_kernel):
     w, x = normal(3, 3, 4, 4, seed=1), normal(2, 5, 5, 4, seed=2)
 
     def f(w, x, qw=lambda w: w, qx=lambda x: x):
-        return lax.conv_transpose(
-            qx(x), qw(w), (2, 2), "SAME", transpose_kernel=transpose_kernel
-        )
+        return lax.conv_transpose(qx(x), qw(w), (2, 2), "SAME", transpose_kernel=transpose_kernel)
 
     # transpose_kernel swaps the channels of the kernel: the output is then its last but one.
     kept = 2 if transpose_kernel else 3
@@ -326,13 +329,9 @@ def test_conv_of_a_constant_filter_is_untouched_unless_frozen():
     head = normal(6, 3)
     f, twin = conv_twin(specs, window_strides=(1, 1), padding="SAME")
     model = lambda p, x: f(w, x) @ p  # noqa: E731
-    assert_twins(
-        quantize_aware(model, "w8a8"), lambda p, x: token(f(w, x)) @ weight(p), head, x
-    )
+    assert_twins(quantize_aware(model, "w8a8"), lambda p, x: token(f(w, x)) @ weight(p), head, x)
     frozen = Recipe([Rule("*", "int8", "int8", frozen=True)])
-    assert_twins(
-        quantize_aware(model, frozen), lambda p, x: token(twin(w, x)) @ weight(p), head, x
-    )
+    assert_twins(quantize_aware(model, frozen), lambda p, x: token(twin(w, x)) @ weight(p), head, x)
 
 
 # ---------------------------------------------------------------------- ragged_dot
@@ -586,9 +585,7 @@ def test_cast_of_the_weight_is_still_the_weight():
 def test_constant_weight_is_untouched_unless_frozen():
     constant = normal(8, 3, seed=7)
     f = lambda w, x: (x @ w) @ constant  # noqa: E731
-    assert_twins(
-        quantize_aware(f, "w8a8"), lambda w, x: (token(x) @ weight(w)) @ constant, W, X
-    )
+    assert_twins(quantize_aware(f, "w8a8"), lambda w, x: (token(x) @ weight(w)) @ constant, W, X)
     frozen = Recipe([Rule("*", "int8", "int8", frozen=True)])
     assert_twins(
         quantize_aware(f, frozen),
@@ -693,5 +690,8 @@ def test_numpy_leaves():
     p = {"w": np.asarray(W)}
     f = lambda p, x: x @ p["w"]  # noqa: E731
     assert_twins(
-        quantize_aware(f, "w8a8"), lambda p, x: token(x) @ weight(jnp.asarray(p["w"])), p, np.asarray(X)
+        quantize_aware(f, "w8a8"),
+        lambda p, x: token(x) @ weight(jnp.asarray(p["w"])),
+        p,
+        np.asarray(X),
     )

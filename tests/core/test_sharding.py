@@ -26,9 +26,7 @@ def mesh(*sizes, kind=AxisType.Auto):
 
 
 def shard_map(f, in_specs, out_specs, sizes=(8,), **kwargs):
-    return jax.shard_map(
-        f, mesh=mesh(*sizes), in_specs=in_specs, out_specs=out_specs, **kwargs
-    )
+    return jax.shard_map(f, mesh=mesh(*sizes), in_specs=in_specs, out_specs=out_specs, **kwargs)
 
 
 def dense_q(w, x):
@@ -55,13 +53,9 @@ def test_batch_is_sharded(vma):
 
 def test_contracted_axis_is_sharded(vma):
     """The scale of a channel is that of the whole channel: the range is reduced by pmax."""
-    f = shard_map(
-        lambda w, x: lax.psum(x @ w, "d"), (P("d"), P(None, "d")), P(), **vma
-    )
+    f = shard_map(lambda w, x: lax.psum(x @ w, "d"), (P("d"), P(None, "d")), P(), **vma)
     assert_twins(quantize_aware(f, "w8a8"), dense_q, W, X, tolerance=SUMS)
-    assert_twins(
-        quantize_aware(f, "w8a16"), lambda w, x: x @ weight(w), W, X, tolerance=SUMS
-    )
+    assert_twins(quantize_aware(f, "w8a16"), lambda w, x: x @ weight(w), W, X, tolerance=SUMS)
     (site,) = jc.sites(f)(W, X)
     assert [o.split_over(site.contracting(i)) for i, o in enumerate(site.operands)] == [("d",)] * 2
 
@@ -163,9 +157,7 @@ def test_scan_over_layers_inside_shard_map(vma):
     def twin(w, x):
         return lax.scan(lambda x, w: (jnp.tanh(token_parts(x) @ weight(w)), None), x, w)[0]
 
-    assert_same(
-        jax.jit(quantize_aware(sharded, "w8a8"))(STACK, X), jax.jit(twin)(STACK, X), SUMS
-    )
+    assert_same(jax.jit(quantize_aware(sharded, "w8a8"))(STACK, X), jax.jit(twin)(STACK, X), SUMS)
     data_parallel = shard_map(
         lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0],
         (P(), P("d")),

@@ -21,7 +21,7 @@ def codes_of(fmt):
 
 @pytest.mark.parametrize(
     "name, low, high",
-    [("int2", -2, 1), ("int3", -3, 3), ("int4", -7, 7), ("int8", -127, 127), ("uint2", 0, 3),
+    [("int1", -1, 0), ("uint1", 0, 1), ("int2", -2, 1), ("int3", -3, 3), ("int4", -7, 7), ("int8", -127, 127), ("uint2", 0, 3),
      ("uint8", 0, 255), ("int8_full", -128, 127), ("int3_full", -4, 3)],
 )  # fmt: skip
 def test_ranges(name, low, high):
@@ -33,7 +33,7 @@ def test_ranges(name, low, high):
 
 
 def test_attributes_names_and_identity():
-    for bits in range(2, 9):
+    for bits in range(1, 9):
         for name, made in ((f"int{bits}", formats.integer(bits)),
                            (f"uint{bits}", formats.integer(bits, signed=False))):  # fmt: skip
             assert getattr(formats, name) == formats.get(name) == made
@@ -136,12 +136,12 @@ def test_bad_arrays():
 
 
 def test_unknown_names_and_bits():
-    with pytest.raises(FormatError, match=r"no format 'int44'. Did you mean int4.*Available: int2"):
+    with pytest.raises(FormatError, match=r"no format 'int44'. Did you mean int4.*Available: int1"):
         formats.get("int44")
     with pytest.raises(FormatError, match="float8_e5m2"):
         formats.get("zzz")
-    for bits in (1, 9, 2.5):
-        with pytest.raises(FormatError, match=f"2 to 8 bits, asked for {bits}"):
+    for bits in (0, 9, 2.5):
+        with pytest.raises(FormatError, match=f"1 to 8 bits, asked for {bits}"):
             formats.integer(bits)
     assert formats.get(formats.int4) is formats.int4
 

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats crossed with laws, ranges, conventions and straight-through estimators.
+
+The default run takes each format with one dtype and one granularity in turn; `-m full` takes the
+product. Tests of block layouts are in tests/formats/test_blocks.py.
+"""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import formats
+from jaxcompress._errors import FormatError, RecipeError
+from jaxcompress._quantize import ranges
+from jaxcompress._quantize.quantizer import Quantizer
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+GRANULARITIES = (None, "tensor", "group:16", "block:4x8")
+MADE = (
+    formats.minifloat(3, 2), formats.codebook([-1, -0.25, 0, 0.5, 1]), formats.fixed_point(6, 4),
+    formats.fixed_point(12, 8), formats.block_float(4, 16), formats.mx("e3m2", block=16),
+)  # fmt: skip
+EVERY = (*formats.TABLE.values(), *MADE)
+PRODUCT = list(itertools.product(EVERY, DTYPES, GRANULARITIES))
+COVER = [
+    (fmt, DTYPES[i % 3], None if i % 2 else GRANULARITIES[i // 2 % 4])
+    for i, fmt in enumerate(EVERY)
+]
+
+
+def normal(shape=(64, 24), dtype=jnp.float32, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def laws(fmt, dtype, granularity):
+    q, x = Quantizer(fmt, granularity), normal(dtype=dtype)
+    y = q.fake_quantize(x, 0)
+    stored = q.quantize(x, 0)
+    assert y.dtype == dtype and y.shape == x.shape
+    # Storage: the same values, the promised bytes, the promised shapes and dtypes.
+    np.testing.assert_array_equal(stored.dequantize(), y)
+    assert stored.nbytes == q.nbytes(x.shape, 0) == jc.nbytes(stored)
+    assert stored.scale.shape == q.scale_shape(x.shape, 0)
+    assert stored.scale.dtype == fmt.scale_dtype
+    assert (stored.global_scale is not None) == fmt.two_level
+    # Under jit; the tangent passes where nothing is clipped on purpose.
+    np.testing.assert_array_equal(jax.jit(lambda x: q.fake_quantize(x, 0))(x), y)
+    out, tangent = jax.jvp(lambda x: q.fake_quantize(x, 0), (x,), (jnp.ones_like(x),))
+    np.testing.assert_array_equal(out, y)
+    if not q.clips:
+        np.testing.assert_array_equal(tangent, 1)
+    # Values are numbers of the grid times scales.
+    grid = np.asarray(fmt.from_codes(stored.codes), np.float64)
+    assert np.isin(grid, fmt.values()).all()
+    # Monotone along what shares a scale, and plain data says the same.
+    order = np.argsort(np.asarray(x[:4, 0], np.float32), kind="stable")
+    if str(q.granularity) != "block:4x8":
+        assert (np.diff(np.asarray(y[:4, 0], np.float32)[order]) >= 0).all()
+    assert Quantizer.from_dict(json.loads(json.dumps(q.to_dict()))) == q
+    # A stack, mapped, is a loop.
+    stack = jnp.stack([x, -x])
+    np.testing.assert_array_equal(
+        jax.vmap(lambda x: q.fake_quantize(x, 0))(stack),
+        jnp.stack([q.fake_quantize(x, 0), q.fake_quantize(-x, 0)]),
+    )
+
+
+@pytest.mark.parametrize("fmt, dtype, granularity", COVER, ids=str)
+def test_laws(fmt, dtype, granularity):
+    laws(fmt, dtype, granularity)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fmt, dtype, granularity", PRODUCT, ids=str)
+def test_laws_full(request, fmt, dtype, granularity):
+    if "full" not in request.config.getoption("-m"):
+        pytest.skip("the whole product: run with -m full")
+    laws(fmt, dtype, granularity)
+
+
+@pytest.mark.parametrize("fmt", EVERY, ids=str)
+def test_codes_saturation_and_nearest(fmt):
+    grid = fmt.values()
+    scale = 0.5 if fmt.name not in ("bfloat16", "float8_e8m0fnu", "float16") else 1.0
+    few = grid if grid.size <= 300 else grid[np.abs(grid) > 1e-30][::97]
+    few = few[(np.abs(few) > 1e-37) | (few == 0)]
+    x = jnp.asarray((few * scale).astype(np.float32))
+    codes = fmt.encode(x, scale)
+    np.testing.assert_array_equal(fmt.decode(codes, scale), x)  # every grid value is exact
+    again = fmt.encode(fmt.decode(codes, scale), scale)
+    np.testing.assert_array_equal(
+        np.asarray(again).view(np.uint8), np.asarray(codes).view(np.uint8)
+    )
+    ends = fmt.decode(fmt.encode(jnp.float32([np.inf, -np.inf, 3e38, -3e38]), 1.0))
+    if fmt.name != "bfloat16" and fmt.min > 1e-37 or fmt.min <= 0:
+        want = np.float32([fmt.max, fmt.min] * 2)
+        if fmt.name == "bfloat16":
+            want[2:] = np.float32(jnp.float32([3e38, -3e38]).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(ends, want)
+    rng = np.random.default_rng(0)
+    top = min(fmt.max, 1e6) if fmt.max > 0 else -fmt.min
+    v = np.float32(rng.uniform(-top, top, 400) * 1.1)
+    v = np.clip(v, np.float32(fmt.min), np.float32(fmt.max))
+    got = np.asarray(fmt.round(v), np.float64)
+    # Sorted neighbours by brute force in float64.
+    right = np.clip(np.searchsorted(grid, v.astype(np.float64)), 1, grid.size - 1)
+    best = np.minimum(np.abs(grid[right] - v), np.abs(grid[right - 1] - v))
+    np.testing.assert_array_equal(np.abs(got - v.astype(np.float64)), best)
+
+
+# --- ranges ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, value, want", [
+    ("percentile", 90.0, lambda a: np.percentile(a, 90, axis=0)),
+    ("rms", 2.0, lambda a: 2 * np.sqrt((a.astype(np.float64) ** 2).mean(0))),
+    ("fixed", 1.5, lambda a: np.float64(1.5)),
+])  # fmt: skip
+def test_ranges_that_clip(name, value, want):
+    x = normal((500, 3))
+    q = Quantizer("int8", range=name, range_value=value)
+    top = want(np.abs(np.asarray(x)))
+    scale, _ = q.scales(x, 0)
+    np.testing.assert_allclose(np.squeeze(scale), top / 127, rtol=1e-6)
+    y = np.asarray(q.fake_quantize(x, 0))
+    np.testing.assert_allclose(y, np.clip(x, -top, top), atol=1.001 * np.max(top) / 254)
+    grad = jax.grad(lambda x: jnp.sum(q.fake_quantize(x, 0) * 3))(x)
+    np.testing.assert_array_equal(grad, np.where(np.abs(x) <= top * (1 + 1e-6), 3, 0))
+    assert q.clips and (np.asarray(grad) == 0).any()
+
+
+def test_the_edge_of_a_range_is_inside():
+    q = Quantizer("int8", range="fixed", range_value=3.0)
+    x = jnp.array([-3.0, 3.0, 3.001, -3.001, 0.0])
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: jnp.sum(q.fake_quantize(x, 0)))(x), [1, 1, 0, 0, 1]
+    )
+    q = Quantizer("uint8", range="percentile", range_value=80.0, symmetric=False)
+    x = jnp.linspace(-1, 2, 101)
+    grad = np.asarray(jax.grad(lambda x: jnp.sum(q.fake_quantize(x, 0)))(x))
+    assert grad[10:20].sum() == 0 and grad[22:79].min() == 1 and grad[83:].sum() == 0
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int2", "uint4", "float4_e2m1fn", "mxfp4", "nvfp4", "nf4"])
+def test_mse_is_never_worse_than_absmax(fmt):
+    x = normal((64, 32)) ** 3
+    error = lambda q: float(jnp.mean((q.fake_quantize(x, 0) - x) ** 2))  # noqa: E731
+    symmetric = None if fmt != "uint4" else False
+    best = error(Quantizer(fmt, range="mse", symmetric=symmetric))
+    assert best <= error(Quantizer(fmt)) * (1 + 1e-6)
+    if fmt in ("int4", "int2"):
+        assert best < 0.8 * error(Quantizer(fmt))
+
+
+def test_mse_against_a_loop():
+    x = np.asarray(normal((128,)))
+    errors = []
+    for f in ranges.MSE_FACTORS:
+        s = np.float32(np.abs(x).max() * np.float32(f) / 7)
+        errors.append(np.sum((np.clip(np.rint(x / s), -7, 7) * s - x) ** 2))
+    scale, _ = Quantizer("int4", range="mse").scales(jnp.asarray(x), 0)
+    want = np.abs(x).max() * ranges.MSE_FACTORS[int(np.argmin(errors))] / 7
+    np.testing.assert_allclose(scale, [want], rtol=1e-6)
+
+
+def test_kl_clips_outliers_and_keeps_what_has_none():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20_000, 2)).astype(np.float32)
+    x[0, 0] = 60
+    x[:, 1] = rng.uniform(-1, 1, 20_000)
+    scale, _ = Quantizer("int4", range="kl").scales(jnp.asarray(x), 0)
+    top = np.ravel(scale) * 7
+    assert 1.5 < top[0] < 15 and 0.9 < top[1] < 1.01
+
+
+def test_shared_ranges_equal_those_of_the_whole():
+    x = normal((4, 32, 5)) * jnp.arange(1.0, 5).reshape(4, 1, 1)
+    for name in ("absmean", "twn", "rms", "percentile", "mse", "kl", "absmax"):
+        q = Quantizer("ternary" if name in ("absmean", "twn") else "int4", range=name)
+        scale, _ = jax.vmap(lambda x, q=q: q.scales(x, 0, ("d",)), axis_name="d")(x)
+        want, _ = q.scales(x.reshape(128, 5), 0)
+        np.testing.assert_allclose(scale[0], want, rtol=1e-5)
+
+
+def test_ternary_and_binary_scales():
+    x = np.asarray(normal((100, 3)))
+    a = np.abs(x)
+    s = a.mean(0)
+    np.testing.assert_allclose(Quantizer("binary").fake_quantize(x, 0), np.sign(x) * s, rtol=1e-6)
+    np.testing.assert_allclose(
+        Quantizer("ternary").fake_quantize(x, 0), np.clip(np.rint(x / s), -1, 1) * s, rtol=1e-6
+    )
+    kept = a > 0.7 * s
+    alpha = (a * kept).sum(0) / kept.sum(0)
+    q = Quantizer("ternary", range="twn")
+    np.testing.assert_allclose(q.fake_quantize(x, 0), np.sign(x) * kept * alpha, rtol=1e-6)
+    assert (jax.grad(lambda x: jnp.sum(q.fake_quantize(x, 0)))(x) == 1).all()
+    with pytest.raises(FormatError, match="range='twn' is for ternary formats, got int4"):
+        Quantizer("int4", range="twn")
+
+
+# --- conventions ----------------------------------------------------------------------------
+
+
+def test_conventions():
+    x = jnp.array([-1.0, 0.5, 1.0])
+    q = Quantizer("int8_full", convention="half")
+    np.testing.assert_allclose(q.scales(x, 0)[0], [1 / 127.5], rtol=1e-6)
+    np.testing.assert_array_equal(q.quantize(x * 127.5, 0).codes, [-128, 64, 127])
+    q = Quantizer("int4_full", convention="half")
+    np.testing.assert_allclose(q.scales(x, 0)[0], [1 / 7.5], rtol=1e-6)
+    q = Quantizer("int4_full", convention="signed")
+    np.testing.assert_array_equal(q.scales(jnp.array([0.5, 2.0]), 0)[0], [-0.25])
+    np.testing.assert_array_equal(q.quantize(jnp.array([0.5, 2.0, -1.0]), 0).codes, [-2, -8, 4])
+    np.testing.assert_array_equal(q.scales(jnp.array([0.5, -2.0]), 0)[0], [0.25])
+    assert (jax.grad(lambda x: jnp.sum(q.fake_quantize(x, 0)))(x) == 1).all()
+
+
+@pytest.mark.parametrize("rule", ["ceil", "round", "floor"])
+@pytest.mark.parametrize("fmt", ["int6", "uint6"])
+def test_power_of_two_scales(rule, fmt):
+    x = normal((64, 50)) * jnp.exp2(jnp.linspace(-6, 6, 50))[None]
+    free, _ = Quantizer(fmt).scales(x, 0)
+    scale, _ = Quantizer(fmt, power_of_two=rule).scales(x, 0)
+    mantissa, exponent = np.frexp(np.asarray(scale))
+    assert (mantissa == 0.5).all()
+    log = np.log2(np.asarray(free, np.float64))
+    want = {"ceil": np.ceil, "floor": np.floor, "round": np.rint}[rule](log)
+    np.testing.assert_array_equal(exponent - 1, want)
+    exact, _ = Quantizer(fmt, power_of_two=rule).scales(jnp.float32([[0.0], [63.0 / 2]]), 0)
+    if fmt == "uint6":
+        np.testing.assert_array_equal(exact, [[0.5]])
+
+
+def test_errors_of_qwix():
+    """qwix tests/_src/core/qarray_test.py: mean|x - y| / mean|x| in bfloat16, scales included."""
+    with jax.threefry_partitionable(False):
+        x = jax.random.normal(jax.random.key(42), (10, 256, 16), jnp.bfloat16)
+
+    def error(q, x, axis):
+        y = q.fake_quantize(x, axis)
+        return float(jnp.abs(x - y).mean() / jnp.abs(x).mean())
+
+    half = {"granularity": "channel", "convention": "half"}
+    for q, want in (
+        (Quantizer("int8_full", **half), 0.00765991),
+        (Quantizer("int4_full", **half), 0.122559),
+        (Quantizer("int8_full", range="fixed", range_value=3.0, **half), 0.00765991),
+    ):
+        assert abs(error(q, x, (1, 2)) - want) < 1, (q, error(q, x, (1, 2)), want)
+        print(q.format.name, q.range, error(q, x, (1, 2)), want)
+
+
+# --- rounding and bad input -----------------------------------------------------------------
+
+
+def test_stochastic_rounding_of_a_quantizer():
+    q, x = Quantizer("int4", rounding="stochastic"), normal((16, 4))
+    for call in (q.fake_quantize, q.quantize):
+        with pytest.raises(FormatError, match="needs a PRNG key: give key="):
+            call(x, 0)
+    many = jax.vmap(lambda k: q.fake_quantize(x, 0, key=k))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    step = np.asarray(q.scales(x, 0)[0])
+    np.testing.assert_allclose((many.mean(0) - x) / step, 0, atol=5 * 0.5 / np.sqrt(4000))
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(
+        q.quantize(x, 0, key=key).dequantize(), q.fake_quantize(x, 0, key=key)
+    )
+    grad = jax.jit(jax.grad(lambda x, k: jnp.sum(q.fake_quantize(x, 0, key=k))))(x, key)
+    np.testing.assert_array_equal(grad, 1)
+
+
+@pytest.mark.parametrize("fmt", [f for f in EVERY if f.name != "float8_e8m0fnu"], ids=str)
+def test_zeros_and_empty_arrays(fmt):
+    q = Quantizer(fmt)
+    y = q.fake_quantize(jnp.zeros((32, 3)), 0)
+    if fmt.name == "binary":
+        np.testing.assert_array_equal(jnp.abs(y), y[0, 0])
+    else:
+        np.testing.assert_array_equal(y, 0)
+    assert np.isfinite(q.scales(jnp.zeros((32, 3)), 0)[0]).all()
+    for shape in ((0, 3), (32, 0)):
+        assert q.fake_quantize(jnp.zeros(shape), 0).shape == shape
+        assert q.quantize(jnp.zeros(shape), 0).dequantize().shape == shape
+
+
+def test_per_block_against_a_loop():
+    x = np.asarray(normal((8, 12)))
+    q = Quantizer("int8", jc.per_block(3, 4))
+    y, want = np.asarray(q.fake_quantize(x, 0)), np.empty_like(x)
+    for i in range(0, 8, 4):
+        for j in range(0, 12, 3):
+            tile = x[i : i + 4, j : j + 3]
+            s = np.float32(np.abs(tile).max() / np.float32(127))
+            want[i : i + 4, j : j + 3] = np.rint(tile / s) * s
+    np.testing.assert_allclose(y, want, rtol=1e-6)
+    assert q.scale_shape((8, 12), 0) == (2, 1, 4, 1)
+    x = np.asarray(normal((6, 5, 4, 8)))  # kept axes on both sides of two contracted ones
+    q = Quantizer("int8", jc.per_block(8, 10))
+    stored = q.quantize(jnp.asarray(x), (1, 2))
+    np.testing.assert_array_equal(stored.dequantize(), q.fake_quantize(jnp.asarray(x), (1, 2)))
+    flat = x.transpose(0, 3, 1, 2).reshape(6 * 8, 20).reshape(6, 8, 2, 10)
+    np.testing.assert_allclose(
+        np.sort(np.ravel(stored.scale)),
+        np.sort(np.ravel(np.abs(flat).max((1, 3)) / 127)),
+        rtol=1e-6,
+    )
+    with pytest.raises(FormatError, match=r"block:5x4 does not fit .* the other axes \(1,\)"):
+        Quantizer("int8", "block:5x4").quantize(jnp.ones((8, 12)), 0)
+    padded = Quantizer("int8", "block:5x4", indivisible="pad")
+    assert padded.scale_shape((9, 12), 0) == (3, 1, 3, 1)
+    assert Quantizer("int8", "block:5x4", indivisible="channel").scale_shape((8, 12), 0) == (1, 12)
+
+
+def test_bad_settings():
+    for kwargs, message in (
+        ({"rounding": "up"}, "no rounding='up'"),
+        ({"convention": "x"}, "no convention='x'"),
+        ({"power_of_two": "x"}, "no power_of_two='x'"),
+        ({"range": "percentile", "range_value": 20.0}, "a number above 50"),
+        ({"range": "rms", "range_value": -1.0}, "a positive one"),
+        ({"range_value": 1.0}, "others take none"),
+        ({"range": "kl", "symmetric": False}, "disagree"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Quantizer("int8", **kwargs)
+    with pytest.raises(FormatError, match="integer formats with a symmetric range"):
+        Quantizer("nf4", convention="half")
+    with pytest.raises(FormatError, match="needs a signed format"):
+        Quantizer("uint4", convention="signed", range="absmax")
+    for bad in ("block:4", "block:x4", "block:0x4", "block"):
+        with pytest.raises(RecipeError, match="a block has two"):
+            Quantizer("int8", bad)
+
+
+def test_settings_round_trip():
+    for q in (
+        Quantizer("int8_full", convention="half", rounding="stochastic"),
+        Quantizer("int4_full", "group:32", convention="signed"),
+        Quantizer("int6", "tensor", power_of_two="ceil"),
+        Quantizer("uint8", range="percentile", range_value=99.0, symmetric=False),
+        Quantizer("uint8", range="mse", symmetric=True),
+        Quantizer(formats.codebook_from_data(normal(), 3)),
+        Quantizer(formats.minifloat(3, 3, nan="last"), "block:16x16", rounding="floor"),
+        Quantizer("int8", range="fixed"),
+        Quantizer("mxfp4", range="rms", range_value=2.5),
+    ):
+        assert Quantizer.from_dict(json.loads(json.dumps(q.to_dict()))) == q

@@ -4,7 +4,7 @@
 Models: a transformer of 48 unrolled layers, the same one scanned over stacked layers, an MLP and
 a conv net; the gradient of a loss is traced and lowered (nothing is compiled or run). Plain and
 quantized are measured in turns (A B A B) in one process, and the ratio of the medians is printed.
-`--compile` adds XLA's time to compile and its count of FLOPs and bytes beside a hand-written twin.
+`--compile` adds XLA's time to compile. Both are new functions in every round, in a warm process.
 
 Usage: python benchmarks/trace.py [--rounds 5] [--recipe w8a8] [--compile]
 """
@@ -71,18 +71,36 @@ def conv_net(p, x):
 def cases():
     key = jax.random.key(0)
     layers = [layer(k) for k in jax.random.split(key, LAYERS)]
+    stacked = jax.tree.map(lambda *w: jnp.stack(w), *layers)
     tokens = jax.random.normal(key, (2, 16, D))
     yield f"transformer, {LAYERS} unrolled layers", unrolled, layers, tokens
-    yield f"transformer, {LAYERS} scanned layers", scanned, jax.tree.map(
-        lambda *w: jnp.stack(w), *layers
-    ), tokens
+    yield f"transformer, {LAYERS} scanned layers", scanned, stacked, tokens
     yield "transformer, 4 unrolled layers", unrolled, layers[:4], tokens
-    yield "MLP, 4 layers", mlp, [jnp.ones(s) for s in ((784, 256), (256, 256), (256, 128), (128, 10))], (
-        jnp.ones((8, 784))
-    )
-    yield "conv net, 4 layers", conv_net, [
-        jnp.ones((3, 3, a, b)) for a, b in ((3, 16), (16, 16), (16, 32), (32, 32))
-    ], jnp.ones((2, 16, 16, 3))
+    sizes = ((784, 256), (256, 256), (256, 128), (128, 10))
+    yield "MLP, 4 layers", mlp, [jnp.ones(n) for n in sizes], jnp.ones((8, 784))
+    channels = ((3, 16), (16, 16), (16, 32), (32, 32))
+    kernels = [jnp.ones((3, 3, *n)) for n in channels]
+    yield "conv net, 4 layers", conv_net, kernels, jnp.ones((2, 16, 16, 3))
+
+
+def loss_of(fn):
+    """A loss that is traced anew: no cache of JAX knows this function."""
+    return lambda p, x: jnp.sum(fn(p, x) ** 2)
+
+
+def measure(fn, params, x, recipe, rounds, compile):
+    """Medians of seconds to (trace and lower, compile) by kind, after one round of warming up."""
+    times = {"plain": [], "aware": []}
+    for _ in range(rounds + 1):
+        for kind, seen in times.items():
+            loss = loss_of(jc.quantize_aware(fn, recipe) if kind == "aware" else fn)
+            start = time.process_time()
+            lowered = jax.jit(jax.grad(loss)).lower(params, x)
+            middle = time.process_time()
+            if compile:
+                lowered.compile()
+            seen.append((middle - start, time.process_time() - middle))
+    return {kind: [statistics.median(t) for t in zip(*seen[1:])] for kind, seen in times.items()}
 
 
 def main():
@@ -93,31 +111,11 @@ def main():
     args = parser.parse_args()
     print(f"jax {jax.__version__}, recipe {args.recipe}, median of {args.rounds} rounds")
     for name, fn, params, x in cases():
-        def loss_of(fn):
-            return lambda p, x: jnp.sum(fn(p, x) ** 2)
-
-        def plain(p, x, fn=fn):
-            return fn(p, x)
-
-        times = {"plain": [], "aware": []}
-        compiled = {"plain": [], "aware": []}
-        for _ in range(args.rounds + 1):
-            for kind in times:
-                jax.clear_caches()
-                f = loss_of(fn if kind == "plain" else jc.quantize_aware(fn, args.recipe))
-                start = time.process_time()
-                lowered = jax.jit(jax.grad(f)).lower(params, x)
-                times[kind].append(time.process_time() - start)
-                if args.compile:
-                    start = time.process_time()
-                    lowered.compile()
-                    compiled[kind].append(time.process_time() - start)
-        median = {k: statistics.median(v[1:]) for k, v in times.items()}
-        line = f"{name:34s} trace + lower {median['plain']:.3f} s -> {median['aware']:.3f} s"
-        line += f"  ratio {median['aware'] / median['plain']:.2f}"
+        t = measure(fn, params, x, args.recipe, args.rounds, args.compile)
+        (plain, plain_xla), (aware, aware_xla) = t["plain"], t["aware"]
+        line = f"{name:34s} trace + lower {plain:.3f} s -> {aware:.3f} s, ratio {aware / plain:.2f}"
         if args.compile:
-            c = {k: statistics.median(v[1:]) for k, v in compiled.items()}
-            line += f"  compile ratio {c['aware'] / c['plain']:.2f}"
+            line += f"; compile ratio {aware_xla / plain_xla:.2f}"
         print(line, flush=True)
 
 

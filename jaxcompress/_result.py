@@ -11,6 +11,7 @@ that NumPy does not know (bfloat16, float8) are stored as unsigned integers of t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -118,7 +119,7 @@ def _meaning(tensor: Any) -> dict[str, Any]:
         "format": tensor.format.name,
         "dtype": str(tensor.dtype),
         "shape": tensor.shape,
-        "blocks": None if blocks is None else {"axis": blocks.axis, "size": blocks.size},
+        "blocks": None if blocks is None else dataclasses.asdict(blocks),
     }
 
 

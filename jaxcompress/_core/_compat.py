@@ -19,6 +19,8 @@ from jax._src import api as _api
 from jax._src import config as _config
 from jax._src import source_info_util as _source
 from jax._src.interpreters import partial_eval as _pe
+from jax.core import Tracer as Tracer
+from jax.core import eval_jaxpr as eval_jaxpr
 
 from .._errors import JaxCompressError
 
@@ -39,7 +41,8 @@ def inner_jaxprs(params: dict) -> Iterator[Any]:
 def split_scan(params: dict, values: list) -> tuple[list, list, list]:
     """Operands of a scan as (constants, initial carry, scanned over)."""
     if "ft_in" in params:
-        return tuple(list(part) for part in params["ft_in"].update(list(values)).unpack())
+        consts, carry, xs = params["ft_in"].update(list(values)).unpack()
+        return list(consts), list(carry), list(xs)
     n, k = params["num_consts"], params["num_carry"]
     return values[:n], values[n : n + k], values[n + k :]
 
@@ -116,7 +119,7 @@ def backward_function(params: dict) -> Any:
 
 def traced_variable(x: Any) -> Any:
     """The variable of a jaxpr that a tracer stands for; None for a value."""
-    return getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
+    return getattr(x, "val", None) if isinstance(x, Tracer) else None
 
 
 def forwarded_residuals(params: dict) -> list:
@@ -172,11 +175,12 @@ def install_autodiff_hook(hook: Hook, canary: Callable[[], bool]) -> None:
     Raises:
       JaxCompressError: if the hook does not fire on this version of JAX.
     """
-    if isinstance(_api.ad, _HookedAD):
+    real = getattr(_api, "ad")  # noqa: B009
+    if isinstance(real, _HookedAD):
         return
-    _api.ad = _HookedAD(_api.ad, hook)
+    setattr(_api, "ad", _HookedAD(real, hook))  # noqa: B010
     if not canary():
-        _api.ad = _api.ad._real
+        setattr(_api, "ad", real)  # noqa: B010
         raise JaxCompressError(
             f"the autodiff hook did not fire on jax {jax.__version__}: functions that are "
             "differentiated inside another function cannot be transformed. Wrap the loss "

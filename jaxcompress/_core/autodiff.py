@@ -108,14 +108,14 @@ def _named(scope: Scope, fn: Callable) -> Callable:
 
 
 def _mark(x: Any, name: str) -> Any:
-    return checkpoint_name(x, name) if isinstance(x, jax.core.Tracer) else x
+    return checkpoint_name(x, name) if isinstance(x, _compat.Tracer) else x
 
 
 def _again(staged: Staged, consts: list) -> Callable:
     def fn(*args):
         _, arrays = split((args, {}))
         with SCOPE(None):
-            return staged.rebuild(jax.core.eval_jaxpr(staged.jaxpr, consts, *arrays))
+            return staged.rebuild(_compat.eval_jaxpr(staged.jaxpr, consts, *arrays))
 
     return fn
 

@@ -7,7 +7,7 @@ scanned values; in other loops it is carried; a branch that is not taken returns
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from .sites import Plan
 Plans = tuple[Plan, ...]
 
 
-def _run(jaxpr: Any, plan: Plan, args: list, runtime: Runtime) -> list:
+def _run(jaxpr: Any, plan: Plan, args: Sequence, runtime: Runtime) -> list:
     inner, consts = _compat.open_jaxpr(jaxpr)
     return evaluate(plan, inner, consts, args, runtime)
 
@@ -171,7 +171,7 @@ def custom_jvp(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -
         out = f(*primals)
         jaxpr, consts, zeros = _compat.call_jvp_rule(p, len(values))
         inputs = (*primals[0][skip:], *tangents[0][skip:])
-        results = jax.core.eval_jaxpr(jaxpr, consts, *inputs)
+        results = _compat.eval_jaxpr(jaxpr, consts, *inputs)
         nonzero = iter(results[len(zeros) :])
         dots = [_zeros(y) if zero else next(nonzero) for y, zero in zip(out[0], zeros, strict=True)]
         return out, (dots, _zeros(out[1]))

@@ -49,9 +49,9 @@ def axis_labels(eqn: Any) -> tuple[list, list] | None:
         return [*sides, [()] * len(shapes[2])], [grouped + batch + free]
     if name == "conv_general_dilated":
         dn = p["dimension_numbers"]
-        lhs, rhs, res = ([("?", k, i) for i in range(len(out))] for k in "lro")
-        lhs[dn.lhs_spec[0]] = res[dn.out_spec[0]] = ("n",)
-        rhs[dn.rhs_spec[0]] = res[dn.out_spec[1]] = ("o",)
+        lhs, rhs, res = ([(k, str(i)) for i in range(len(out))] for k in "lro")
+        lhs[dn.lhs_spec[0]] = res[dn.out_spec[0]] = ("conv", "n")
+        rhs[dn.rhs_spec[0]] = res[dn.out_spec[1]] = ("conv", "o")
         return [lhs, rhs], [res]
     if name == "transpose":
         return [[p["permutation"].index(k) for k in full]], [full]

@@ -147,9 +147,9 @@ def _same_dataflow(
             for v in eqn.invars:
                 if isinstance(v, Literal):
                     continue
-                where = made.get(v)
-                inside = where is not None and where[0] == copy
-                pattern.append(where[1:] if inside else outside.setdefault(v, len(outside)))
+                maker, *place = made.get(v, (None,))
+                inside = maker == copy
+                pattern.append(tuple(place) if inside else outside.setdefault(v, len(outside)))
             made.update({v: (copy, offset, k) for k, v in enumerate(eqn.outvars)})
         groups[tuple(pattern)].append((copy, list(outside)))
     group = max(groups.values(), key=len)
@@ -161,9 +161,9 @@ def _same_dataflow(
         reader = start + (i - start) // length * length
         for v in eqn.invars:
             if not isinstance(v, Literal) and v in made:
-                copy, *place = made[v]
+                copy, offset, k = made[v]
                 if copy in members and copy != reader:
-                    used.add(tuple(place))
+                    used.add((offset, k))
     for v in jaxpr.outvars:
         if not isinstance(v, Literal) and v in made and made[v][0] in members:
             used.add(made[v][1:])

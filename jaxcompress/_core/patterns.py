@@ -25,16 +25,17 @@ def _compiled(pattern: str) -> re.Pattern:
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern` matches a site's or parameter's name.
 
-    `*` crosses `/`; a `#k` at the end of the name is ignored, a leading `params/` and a trailing
-    `/value` may be left out, and a name `a+b` is also matched by what matches `a` or `b`.
+    `*` crosses `/`; a `#k` at the end of the name is ignored unless the pattern has it too, a
+    leading `params/` and a trailing `/value` may be left out, and a name `a+b` is also matched by
+    what matches `a` or `b`.
 
     >>> matches("*/kernel", "params/Dense_0/kernel#1"), matches("Dense_0/*", "params/Dense_0/bias")
     (True, True)
     """
     regex = _compiled(pattern)
-    name = re.sub(r"#\d+$", "", name)
-    parts = name.split("+") if "+" in name else []
-    return any(regex.fullmatch(form) for part in (name, *parts) for form in _forms(part))
+    plain = re.sub(r"#\d+$", "", name)
+    parts = plain.split("+") if "+" in plain else []
+    return any(regex.fullmatch(form) for part in (name, plain, *parts) for form in _forms(part))
 
 
 def _forms(name: str) -> Iterable[str]:

@@ -57,8 +57,8 @@ class Call(NamedTuple):
 
     def merge(self, arrays: Sequence) -> Any:
         """The original structure with these arrays in place of the traced leaves."""
-        arrays, static = iter(arrays), iter(self.static)
-        leaves = [next(arrays) if t else next(static).value for t in self.traced]
+        values, static = iter(arrays), iter(self.static)
+        leaves = [next(values) if t else next(static).value for t in self.traced]
         return jax.tree_util.tree_unflatten(self.tree, leaves)
 
 

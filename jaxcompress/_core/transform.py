@@ -159,10 +159,11 @@ class _Region(NamedTuple):
 
         def transformed(*args):
             call, arrays = split((args, {}))
-            known, names = labels, paths
             if labels is None:
                 known, leaves = label_arguments(args, {}, range(len(args)))
                 names = [path for path, _ in leaves]
+            else:
+                known, names = labels, paths
             staged, plan, sites, _ = self.analyze(fn, call, arrays, known, closure, names)
             scope.sites += sites
             settings = self.transform.choose(plan.everything)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,22 @@ class Quantizer:
     range_value: float | None = dataclasses.field(default=None, kw_only=True)
     convention: str = dataclasses.field(default="max", kw_only=True)
     power_of_two: str | None = dataclasses.field(default=None, kw_only=True)
+
+    if TYPE_CHECKING:  # names are taken for formats and granularities
+
+        def __init__(
+            self,
+            format: str | Format,
+            granularity: str | Granularity | None = None,
+            *,
+            range: str | None = None,
+            symmetric: bool | None = None,
+            indivisible: str = "error",
+            rounding: str = "half_even",
+            range_value: float | None = None,
+            convention: str = "max",
+            power_of_two: str | None = None,
+        ): ...
 
     def __post_init__(self):
         fmt = formats.get(self.format)

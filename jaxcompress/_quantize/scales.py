@@ -50,7 +50,7 @@ def find(
         low = high = ranges.absmax(v, shared, ())
     elif not q.symmetric:
         if q.range == "percentile":
-            low, high = ranges.percentile(v, shared, sync, q.range_value, False)
+            low, high = ranges.percentile(v, shared, sync, float(q.range_value or 100), False)
         else:
             low, high = ranges.minmax(v, shared, sync)
     elif q.range == "absmean":
@@ -61,7 +61,7 @@ def find(
     elif q.range == "rms":
         high = np.float32(q.range_value) * jnp.sqrt(ranges.mean(v * v, shared, sync))
     elif q.range == "percentile":
-        _, high = ranges.percentile(v, shared, sync, q.range_value, True)
+        _, high = ranges.percentile(v, shared, sync, float(q.range_value or 100), True)
     elif q.range == "kl":
         high = ranges.kl(v, shared, sync, fmt)
     elif q.range == "fixed":
@@ -167,7 +167,7 @@ def _least_squares(
     first = error(scales(_factor(np.float32(factors[0]), high)))
     every = _factor(factors[0], first)
     start = first, lax.select(first < np.inf, every, every)  # varies over mesh axes like `first`
-    (_, best), _ = lax.scan(step, start, np.float32(factors[1:]))
+    (_, best), _ = lax.scan(step, start, np.asarray(factors[1:], np.float32))
     return scales(best)
 
 

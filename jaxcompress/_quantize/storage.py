@@ -42,7 +42,9 @@ class _Collect(QuantizeAware):
         out = bind(*operands)
         if i is None:
             return out, None
-        return out, setting[i].quantize(operands[i], site.contracting(i))
+        quantizer = setting[i]
+        assert quantizer is not None
+        return out, quantizer.quantize(operands[i], site.contracting(i))
 
 
 def compressed_weights(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from .._errors import FormatError
 from ._rounding import check, to_integer
@@ -214,7 +215,7 @@ def check_floating(dtype: Any, what: str) -> None:
 
 def reject_nan(v: jax.Array, name: str) -> None:
     """Raises FormatError if the concrete array v has NaNs, which format `name` cannot hold."""
-    if isinstance(v, jax.core.Tracer):
+    if isinstance(v, Tracer):
         return
     bad = jnp.isnan(v)
     count = int(bad.sum())

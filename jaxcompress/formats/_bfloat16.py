@@ -22,8 +22,9 @@ class BFloat16(Format):
     default_range: ClassVar[str] = "fixed"
 
     def values(self) -> np.ndarray:
-        every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
-        return np.unique(every[np.isfinite(every)] + 0.0)
+        codes = np.arange(2**16, dtype=np.uint16)
+        finite = codes[codes & 0x7F80 != 0x7F80].view(ml_dtypes.bfloat16)
+        return np.unique(finite.astype(np.float64) + 0.0)
 
     def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
         v = jnp.asarray(v)

@@ -120,7 +120,7 @@ def codebook_from_data(
     Example:
         >>> import jax.numpy as jnp, jaxcompress as jc
         >>> jc.formats.codebook_from_data(jnp.array([0.0, 0.1, 5.0, 5.1]), 1).values()
-        array([0.05000000, 5.05000019])
+        array([0.05      , 5.05000019])
 
     References: Han et al. 2016 (Deep Compression), section 3; Kim et al. 2024 (SqueezeLLM),
     equation 5, for the weights.
@@ -168,7 +168,7 @@ def _kmeans(x: np.ndarray, h: np.ndarray, bits: int, key: Any, steps: int) -> Co
         centers = moved
     table = np.unique(centers.astype(np.float32))
     if table.size < 2:
-        table = np.float32([x[0], x[-1]])
+        table = np.asarray([x[0], x[-1]], np.float32)
     return _make(_name(table), table, "fixed")
 
 

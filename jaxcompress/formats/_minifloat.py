@@ -171,7 +171,8 @@ def minifloat(
             f"nan={nan!r} with infinities={infinities} and {exponent_bits} exponent bits: expected "
             f"one of {', '.join(_NANS)}, and 'ieee' needs infinities and at least 2 exponent bits."
         )
-    bias = 2 ** (exponent_bits - 1) - 1 if bias is None else bias
+    if bias is None:
+        bias = int(2 ** (exponent_bits - 1)) - 1
     name = f"minifloat_e{exponent_bits}m{mantissa_bits}_b{bias}"
     name += "_inf" * infinities + f"_{nan}" * (nan != "none") + "_flush" * (not subnormals)
     return _make(name, exponent_bits, mantissa_bits, bias, infinities, nan, subnormals)

@@ -77,7 +77,9 @@ def test_same_bits_as_without_folding(params, key, monkeypatch):
     x = jax.random.normal(key, (4, 8))
 
     def run():
-        f = jax.jit(jax.value_and_grad(lambda p: jnp.sum(jc.quantize_aware(plain, "w8a8")(p, x) ** 2)))
+        f = jax.jit(
+            jax.value_and_grad(lambda p: jnp.sum(jc.quantize_aware(plain, "w8a8")(p, x) ** 2))
+        )
         return f(params)
 
     folded = run()
@@ -147,9 +149,7 @@ def test_results_inside_the_blocks_that_are_read_later(params, key):
 
     quantized = jc.quantize_aware(skips(jnp.matmul), "w8a8")
     assert blocks_in(quantized, params, x) == (LAYERS, 1)
-    assert_twins(
-        quantized, skips(lambda x, w: token(x) @ weight(w)), params, x, tolerance=1e-5
-    )
+    assert_twins(quantized, skips(lambda x, w: token(x) @ weight(w)), params, x, tolerance=1e-5)
 
 
 def test_a_jitted_layer_is_traced_once(params, key):

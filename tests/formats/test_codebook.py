@@ -12,7 +12,8 @@ import pytest
 from jaxcompress import formats
 from jaxcompress._errors import FormatError
 
-BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+CODES = np.arange(2**16, dtype=np.uint16)
+BFLOAT16 = CODES[CODES & 0x7FFF <= 0x7F80].view(ml_dtypes.bfloat16).astype(np.float32)  # no NaN
 PUBLISHED = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -45,10 +46,10 @@ def test_codebooks_by_brute_force(grid):
     fmt = formats.codebook(grid)
     table = fmt.values()
     mid = ((table[1:] + table[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([mid, np.nextafter(mid, -np.float32(9e9)), np.nextafter(mid, np.float32(9e9)),
-                        table.astype(np.float32), [np.inf, -np.inf, -0.0, 1e30], BFLOAT16[::7]])  # fmt: skip
-    x = x[~np.isnan(x)].astype(np.float32)
-    x = np.where(np.abs(x) < np.finfo(np.float32).smallest_normal, 0, x)
+    around = [np.nextafter(mid, np.float32(far)) for far in (-9e9, 9e9)]
+    edges = [np.inf, -np.inf, -0.0, 1e30]
+    x = np.concatenate([mid, *around, table, edges, BFLOAT16[::7]]).astype(np.float32)
+    x = np.where(np.abs(x) < 1e-12, 0, x)  # what float64 cannot tell from a tie at 0
     want = nearest(table, np.clip(x, table[0], table[-1]))
     for encode in (fmt.encode, jax.jit(fmt.encode)):
         np.testing.assert_array_equal(encode(x), want)
@@ -122,7 +123,7 @@ def test_fixed_point(bits, fraction, signed):
     step = 2.0**-fraction
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     np.testing.assert_array_equal(fmt.values(), np.arange(low, high + 1) * step)
-    x = BFLOAT16[~np.isnan(BFLOAT16)]
+    x = BFLOAT16
     want = np.clip(np.rint(x.astype(np.float64) / step), low, high)
     np.testing.assert_array_equal(fmt.encode(x), want)
     np.testing.assert_array_equal(fmt.round(x), want * step)
@@ -142,9 +143,12 @@ def test_bad_fixed_point():
 def test_stochastic_rounding_is_unbiased_and_keeps_the_grid(name):
     fmt, key = formats.get(name), jax.random.key(0)
     grid = fmt.values()
-    grid = grid[(np.abs(grid) > 1e-30) & (np.abs(grid) < 1e30)][:300].astype(np.float32)
+    grid = grid[np.abs(grid) < 1e30].astype(np.float32)
+    at = int(np.searchsorted(grid, np.float32(0.9)))
+    grid = grid[max(at - 100, 0) : at + 100]
+    at = int(np.searchsorted(grid, np.float32(0.9)))
     np.testing.assert_array_equal(fmt.round(grid, "stochastic", key), grid)
-    a, b = (float(v) for v in grid[len(grid) // 2 - 1 : len(grid) // 2 + 1])
+    a, b = (float(v) for v in grid[at - 1 : at + 1])
     for part in (0.125, 0.5, 0.75):
         x = jnp.full(40_000, a + part * (b - a), jnp.float32)
         y = np.asarray(fmt.round(x, "stochastic", key), np.float64)
@@ -158,4 +162,4 @@ def test_six_decibels_per_bit():
     x = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
     errors = [float(np.std(x - np.asarray(formats.fixed_point(b, b - 1).round(x))))
               for b in range(4, 12)]  # fmt: skip
-    np.testing.assert_allclose(20 * np.log10(np.array(errors[:-1]) / errors[1:]), 6.02, atol=0.25)
+    np.testing.assert_allclose(20 * np.log10(np.array(errors[:-1]) / errors[1:]), 6.02, atol=0.35)

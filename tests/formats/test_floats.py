@@ -36,7 +36,7 @@ def boundaries(grid):
     points = np.concatenate(
         [points, *(np.nextafter(points, d * np.inf) for d in np.float32([-1, 1]))]
     )
-    high = np.float32(grid[-1])
+    high = np.float32(min(grid[-1], 1.7e38))
     edges = np.float32(
         [0.0, -0.0, np.inf, -np.inf, np.nan, 3e38, 1e-30, -1e-30, high * 1.5, -high * 2]
     )

@@ -21,7 +21,8 @@ def codes_of(fmt):
 
 @pytest.mark.parametrize(
     "name, low, high",
-    [("int1", -1, 0), ("uint1", 0, 1), ("int2", -2, 1), ("int3", -3, 3), ("int4", -7, 7), ("int8", -127, 127), ("uint2", 0, 3),
+    [("int1", -1, 0), ("uint1", 0, 1), ("int2", -2, 1),
+     ("int3", -3, 3), ("int4", -7, 7), ("int8", -127, 127), ("uint2", 0, 3),
      ("uint8", 0, 255), ("int8_full", -128, 127), ("int3_full", -4, 3)],
 )  # fmt: skip
 def test_ranges(name, low, high):

@@ -31,6 +31,11 @@ from .granularity import Granularity
 # Under this the reciprocal of a scale overflows, or the scale itself is flushed to zero.
 _SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
 
+# Ranges that are stored between calls, and those that `_quantize/state.py` and its rules compute.
+STORED = ("static", "ema", "learned", "pact")
+OBSERVERS = ("absmax", "minmax", "percentile", "mse", "kl")
+_SPECIAL = (*STORED, "dorefa")
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
@@ -43,9 +48,15 @@ class Quantizer:
         range: "absmax" (symmetric) or "minmax" (with a zero point, integer formats only).
             By default minmax for unsigned integers, else absmax. An unsigned format with an
             explicit "absmax" is for arrays without negative values: it clips those to zero.
+            Stored from call to call (`jc.quantize_aware_with_state`): "static" (calibrated),
+            "ema" (averaged while training), "learned" (LSQ, integers, full range), "pact"
+            (a learned clipping value, unsigned integers). Without scales: "dorefa".
         symmetric: True for absmax, False for minmax; another way to say `range`.
         indivisible: what happens where groups do not fit: "error", "pad" (the last group is
             shorter), or "channel" (one group).
+        observer: how a static or averaged range is found from values: "absmax", "minmax", and,
+            static and symmetric only, "percentile", "mse" or "kl" of a histogram.
+        momentum: what remains of an averaged range at each call, 0 to 1.
 
     Raises:
         FormatError: if the format is unknown or cannot have a zero point.
@@ -63,19 +74,31 @@ class Quantizer:
     range: str = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
     symmetric: bool = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
     indivisible: str = dataclasses.field(default="error", kw_only=True)
+    observer: str | None = dataclasses.field(default=None, kw_only=True)
+    momentum: float = dataclasses.field(default=0.99, kw_only=True)
 
     def __post_init__(self):
         fmt = formats.get(self.format)
         symmetric = self.symmetric
+        if self.range in _SPECIAL:
+            self._resolve_special(fmt)
+            return
         if symmetric is None:
             symmetric = fmt.min < 0 if self.range is None else self.range == "absmax"
         resolved = "absmax" if symmetric else "minmax"
         if self.range not in (None, "absmax", "minmax"):
-            raise RecipeError(f"There is no range {self.range!r}. Available: 'absmax', 'minmax'.")
+            raise RecipeError(
+                f"There is no range {self.range!r}. "
+                f"Available: {', '.join(map(repr, ('absmax', 'minmax', *_SPECIAL)))}."
+            )
         if self.range not in (None, resolved):
             raise RecipeError(
                 f"range={self.range!r} and symmetric={symmetric} disagree: "
                 "'absmax' is symmetric, 'minmax' is not. Give one of the two."
+            )
+        if self.observer is not None:
+            raise RecipeError(
+                f"observer={self.observer!r} goes with range='static' or 'ema', not {resolved!r}."
             )
         if self.indivisible not in ("error", "pad", "channel"):
             raise RecipeError(
@@ -92,10 +115,65 @@ class Quantizer:
         resolve("range", resolved)
         resolve("symmetric", bool(symmetric))
 
+    def _resolve_special(self, fmt: Format) -> None:
+        """Checks and fills in the fields of a range that is stored or learned.
+
+        Raises:
+            FormatError: if the format does not go with the range.
+            RecipeError: if observer or momentum do not.
+        """
+        fits = {
+            "learned": isinstance(fmt, formats.Integer),
+            "pact": isinstance(fmt, formats.Integer) and fmt.min == 0,
+            "dorefa": isinstance(fmt, formats.Integer) and fmt.min == 0,
+        }
+        if not fits.get(self.range, True):
+            kind = "integer" if self.range == "learned" else "unsigned integer"
+            raise FormatError(f"range={self.range!r} is for {kind} formats, found {fmt.name}.")
+        if self.range == "learned" and fmt.min < 0:
+            fmt = formats.integer(fmt.bits, narrow=False)
+        averaged = self.range in ("static", "ema")
+        symmetric = self.symmetric
+        if symmetric is None:
+            symmetric = not averaged or (fmt.min < 0 and self.observer != "minmax")
+        observer = self.observer or ("absmax" if symmetric else "minmax")
+        if observer not in OBSERVERS:
+            raise RecipeError(f"There is no observer {observer!r}. Available: {OBSERVERS}.")
+        if not averaged and (self.observer is not None or not symmetric):
+            raise RecipeError(f"range={self.range!r} takes no observer and is symmetric.")
+        if (observer == "minmax") == symmetric:
+            raise RecipeError(
+                f"observer={observer!r} and symmetric={symmetric} disagree: only 'minmax' is "
+                "not symmetric."
+            )
+        if self.range == "ema" and observer not in ("absmax", "minmax"):
+            raise RecipeError(
+                f"range='ema' averages 'absmax' or 'minmax', not {observer!r}: a histogram needs "
+                "range='static' and jaxcompress.calibrate."
+            )
+        if not symmetric and not fmt.affine:
+            raise FormatError(
+                f"{fmt.name} takes no zero point, so it cannot have observer='minmax'. "
+                "Use 'absmax'."
+            )
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"momentum={self.momentum!r}: expected 0 <= momentum < 1.")
+        settings = {"format": fmt, "granularity": granularities.get(self.granularity)}
+        settings |= {"symmetric": symmetric, "observer": observer if averaged else None}
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def special(self) -> bool:
+        """Whether the range is stored, learned or none at all, and not found by `scales`."""
+        return self.range in _SPECIAL
+
     def fake_quantize(
         self, x: jax.Array, axis: int | Sequence[int], *, sync: Sequence[str] = ()
     ) -> jax.Array:
         """Returns the quantized values of x; derivatives pass straight through.
+
+        A stored range is not known here: the range of x itself is used instead of it.
 
         Computed in float32 and cast back. The tangent of the result is exactly the tangent of x,
         in forward and reverse mode and to any order. Scalars are returned unchanged. A NaN or
@@ -225,6 +303,8 @@ class Quantizer:
             "granularity": str(self.granularity),
             "range": self.range,
             "indivisible": self.indivisible,
+            **({"observer": self.observer} if self.observer else {}),
+            **({"momentum": self.momentum} if self.range == "ema" else {}),
         }
 
     @classmethod
@@ -310,7 +390,7 @@ def _find_scales(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the scale, and the zero point or None, of float32 v over the shared axes."""
     fmt = quantizer.format
-    if quantizer.range == "absmax":
+    if quantizer.symmetric:
         absmax = lax.reduce_max(lax.abs(v), shared)
         absmax = lax.pmax(absmax, sync) if sync else absmax
         return lax.expand_dims(_scale(absmax, fmt.max), shared), None

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from .._errors import RecipeError
 from . import autodiff, typed
@@ -31,6 +33,7 @@ class TypedCall:
 
     def __init__(self, inner: Transformed):
         self.inner = inner
+        self.looks = 2  # at the values of the first calls; each look waits for the device
 
         def whole(inputs: Packed) -> Packed:
             run = self._step if self._is_step(inputs) else self._plain
@@ -40,8 +43,9 @@ class TypedCall:
         self._jitted = jax.jit(whole)
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
-        for held in typed.find((args, kwargs))[:1]:
-            _check_weight(held)
+        if self.looks:
+            self.looks -= 1
+            _check_weight(typed.find((args, kwargs))[0])
         return self.inner._with_floats(self._jitted, args, kwargs).unpack()
 
     def _is_step(self, inputs: Packed) -> bool:
@@ -102,8 +106,8 @@ def _constants(count: int) -> list[Label]:
 def _check_weight(held: typed.TypedParams) -> None:
     """Raises if an optimizer descended along the scalar that is zero by definition."""
     weight = held.statistics["weight"]
-    known = isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer)
-    if known and weight.is_fully_addressable and weight.is_ready() and float(weight) != 0:
+    known = isinstance(weight, jax.Array) and not isinstance(weight, Tracer)
+    if known and weight.is_fully_addressable and float(weight) != 0:
         raise RecipeError(
             "these QuantParams were changed by an optimizer that descended along their "
             "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
@@ -117,7 +121,8 @@ def _is_updated(staged: Staged, inputs: Packed) -> bool:
     args, kwargs = flags.unpack()
     for held in typed.find((args, kwargs)):
         held.statistics["weight"] = _WEIGHT_LEAF
-    labels = [x for x in _flat((args, kwargs))]
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_label)
+    labels = [x for x in leaves if _is_label(x)]
     outputs = Analyzer().analyze(staged.jaxpr, labels).outputs
     unchanged = set(map(id, staged.jaxpr.invars))
     outputs = [
@@ -127,13 +132,12 @@ def _is_updated(staged: Staged, inputs: Packed) -> bool:
     return any(
         held.statistics["weight"].params
         for held in typed.find(staged.rebuild(outputs))
-        if isinstance(held.statistics["weight"], Label)
+        if _is_label(held.statistics["weight"])
     )
 
 
-def _flat(tree: Any) -> list[Label]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Label))
-    return [x for x in leaves if isinstance(x, Label)]
+def _is_label(x: Any) -> bool:
+    return isinstance(x, Label)
 
 
 class MutatingStep:
@@ -156,10 +160,10 @@ class MutatingStep:
         """Whether arguments are NNX objects that the function differentiates and changes."""
         if not _holds_objects((args, kwargs)):
             return False
-        inputs = Packed.pack((args, kwargs), self.inner.floats)
-        if inputs.call not in self.known:
-            self.known[inputs.call] = _differentiates_and_mutates(self.inner, inputs)
-        return self.known[inputs.call]
+        call = split((args, kwargs))[0]
+        if call not in self.known:
+            self.known[call] = _differentiates_and_mutates(self.inner, args, kwargs)
+        return self.known[call]
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
         outer = autodiff.SCOPE.value
@@ -182,24 +186,16 @@ def _holds_objects(tree: Any) -> bool:
     return any(isinstance(x, objects) for x in found)
 
 
-def _differentiates_and_mutates(inner: Transformed, inputs: Packed) -> bool:
+def _differentiates_and_mutates(inner: Transformed, args: tuple, kwargs: dict) -> bool:
     autodiff.install()
     scope, changed = autodiff.Scope(), []
 
-    def watched(*args, **kwargs):
+    def watched(*args, **kwargs):  # on copies: the arguments themselves do not change
         before = split((args, kwargs))[1]
         inner.fn(*args, **kwargs)
         after = split((args, kwargs))[1]
-        changed.append(len(before) != len(after) or any(map(_differ, before, after)))
+        changed[:] = [len(before) != len(after) or any(map(operator.is_not, before, after))]
 
     with autodiff.SCOPE(scope):
-        inner._with_floats(lambda packed: stage(watched, packed.call, packed.arrays), *_pair(inputs))
-    return scope.count > 0 and changed[-1]
-
-
-def _pair(inputs: Packed) -> tuple[tuple, dict]:
-    return inputs.unpack()
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return a is not b
+        inner._with_floats(lambda x: stage(watched, x.call, x.arrays), args, kwargs)
+    return scope.count > 0 and changed[0]

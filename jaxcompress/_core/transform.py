@@ -144,6 +144,7 @@ class _Region(NamedTuple):
         outer = autodiff.SCOPE.value
         first = last = autodiff.Scope()
         staged, found = once(first)
+        covered = bool(found.owned)  # by whoever wrote the function, not by us below
         if first.count:
             hidden = self.transform.stateful and not self.transform.travels
             name = OPAQUE if hidden else self.mark
@@ -158,7 +159,7 @@ class _Region(NamedTuple):
                 )
         plan = name_sites(staged.jaxpr, found, paths)
         everything = [*plan.everything, *last.sites]
-        return _Found(staged, plan, everything, bool(found.owned), last.typed > 0, last.restored)
+        return _Found(staged, plan, everything, covered, last.typed > 0, last.restored)
 
     def differentiated(
         self,
@@ -184,7 +185,7 @@ class _Region(NamedTuple):
                 around = _foreign(closure)
             elif labels is None:
                 known, leaves = label_arguments(plain, {}, range(len(plain)))
-                names = [path for path, _ in leaves]
+                names = [_plain_path(path) for path, _ in leaves]
             found = self.analyze(fn, call, arrays, known, around, names)
             scope.sites += found.sites
             settings = self.transform.choose(found.plan.everything)
@@ -198,6 +199,11 @@ class _Region(NamedTuple):
             return typed.deliver(out, held, runtime.state) if held else out
 
         return fn if self.transform.stateful and not self.transform.travels else transformed
+
+
+def _plain_path(path: str) -> str:
+    """The path without the containers in which `nnx.grad` hands over the state of a model."""
+    return re.sub(r"^(arg\d+/)?states/\d+/", r"\1", path)
 
 
 def _foreign(closure: Callable[[int], list[Label]]) -> Callable[[int], list[Label]]:

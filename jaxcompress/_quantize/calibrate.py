@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .._core import typed
 from .._core.sites import Site
@@ -51,7 +52,7 @@ class Observe(QuantizeAware):
     def apply(self, site, setting, bind, operands, learned, state):
         new = dict(state or {})
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):
-            if slot in new:
+            if quantizer is not None and slot in new:
                 v, shared, _, sync = view_of(site, i, quantizer, jax.lax.stop_gradient(x))
                 new[slot] = observers.observe(quantizer, new[slot], v, shared, sync)
         return bind(*operands), new or None
@@ -62,7 +63,7 @@ class Calibration:
 
     def __init__(self, fn: Callable, recipe: Recipe, argnums: ArgNums = 0):
         self.inner = Transformed(fn, Observe(recipe), argnums)
-        self.seen: Mapping[str, Any] | None = None
+        self.seen: dict[str, Any] = {}
         self.settings: Mapping[str, Any] = {}
         self.sites: dict[str, Site] = {}
         self.count = 0
@@ -75,7 +76,7 @@ class Calibration:
         """
         args, kwargs = typed.unwrap((args, kwargs))
         _check_arrays((args, kwargs), self.count)
-        if self.seen is None:
+        if not self.count:
             traced = self.inner.trace(*args, **kwargs)
             self.settings = traced.settings
             self.sites = {site.name: site for site in traced.plan.everything}
@@ -97,7 +98,7 @@ class Calibration:
         """
         learned: dict[str, Any] = {}
         ranges: dict[str, Any] = {}
-        for name, found in (self.seen or {}).items():
+        for name, found in self.seen.items():
             for slot, quantizer, _ in stored(self.sites[name], self.settings[name]):
                 reached = bool(np.all(np.asarray(found[slot]["count"]) > 0))
                 if not reached and quantizer.range != "ema":
@@ -115,7 +116,7 @@ class Calibration:
 
 def _check_arrays(tree: Any, number: int) -> None:
     for x in jax.tree.leaves(tree):
-        if isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        if isinstance(x, (Tracer, jax.ShapeDtypeStruct)):
             raise JaxCompressError(
                 "ranges are read from values: initialize and calibrate with arrays, outside of "
                 "jit, grad and the like."
@@ -126,7 +127,9 @@ def _check_arrays(tree: Any, number: int) -> None:
             )
 
 
-def calibrate(fn: Callable, params: Any, batches: Iterable[Any], recipe: str | Recipe) -> QuantState:
+def calibrate(
+    fn: Callable, params: Any, batches: Iterable[Any], recipe: str | Recipe
+) -> QuantState:
     """Runs `fn(params, batch)` over batches and returns the ranges and step sizes that fit.
 
     The function runs in float, compiled once per shape; what is kept between batches does not

@@ -34,8 +34,8 @@ quant_k.defjvp(lambda levels, primals, tangents: (quant_k(*primals, levels), tan
 def dorefa_weight(w: jax.Array, levels: float) -> jax.Array:
     """Weights of DoReFa, between -1 and 1; `levels` is 2^k - 1 for k bits.
 
-    >>> dorefa_weight(jnp.array([-2.0, 0.1, 2.0]), 3.0)
-    Array([-1.       ,  0.3333333,  1.       ], dtype=float32)
+    >>> dorefa_weight(jnp.array([-2.0, 0.1, 2.0]), 1.0)
+    Array([-1.,  1.,  1.], dtype=float32)
     """
     t = jnp.tanh(w)
     top = jnp.maximum(jnp.max(jnp.abs(t)), 2.0**-126)

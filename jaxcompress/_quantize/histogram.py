@@ -78,7 +78,7 @@ def threshold(histogram: Histogram, observer: str, fmt: Format) -> np.ndarray:
 
 def _percentile(counts: np.ndarray, fmt: Format) -> float:
     share = np.cumsum(counts) / counts.sum()
-    return np.searchsorted(share, PERCENTILE / 100 - 1e-12) + 1
+    return float(np.searchsorted(share, PERCENTILE / 100 - 1e-12) + 1)
 
 
 def _mse(counts: np.ndarray, fmt: Format) -> float:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +80,3 @@ def _ones(a: jax.Array, b: jax.Array) -> tuple[int, ...]:
     """Axes to add to b so that it broadcasts to a from the left."""
     return (1,) * (a.ndim - b.ndim)
 
-
-def shared_by(v: jax.Array, shape: Sequence[int], sync: Sequence[str]) -> int:
-    """How many values share a scale, counted over the mesh axes in `sync`."""
-    return v.size // max(math.prod(shape), 1) * math.prod(lax.axis_size(name) for name in sync)

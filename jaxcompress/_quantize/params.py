@@ -90,11 +90,11 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> Any:
         return tx.init(_trained(params))
 
-    def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         autodiff.note_restored()
         if params is None:
             raise TypeError("quant_tx needs the parameters: tx.update(gradients, state, params).")
-        updates, state = tx.update(_trained(gradients), state, _trained(params), **extra)
+        trained, state = tx.update(_trained(updates), state, _trained(params), **extra)
 
         def put(old: Any, gradient: Any, change: Any) -> Any:
             if not typed.is_typed(old):
@@ -104,7 +104,7 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
             return dataclasses.replace(old, weights=change[0], learned=change[1], statistics=moved)
 
         leaves, tree = jax.tree.flatten(params, is_leaf=typed.is_typed)
-        parts = (tree.flatten_up_to(t) for t in (gradients, updates))
+        parts = (tree.flatten_up_to(t) for t in (updates, trained))
         done = [put(*leaf) for leaf in zip(leaves, *parts, strict=True)]
         return jax.tree.unflatten(tree, done), state
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored ranges: what is kept for an operand, how it follows the data, how values are rounded in it.
+"""Stored ranges: what is kept of an operand, how it follows the data, how values are rounded.
 
     static   [low, high] as calibrated
     ema      [low, high] = m [low, high] + (1 - m) [min v, max v], the first batch as it is

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,13 @@ from .._core.patterns import nearest
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from .._errors import RecipeError, SiteError
-from . import observers, recipes, state
+from . import recipes, state
 from .aware import QuantizeAware, Setting
 from .dorefa import dorefa_activation, dorefa_weight
 from .lsq import lsq
 from .pact import pact
 from .quantizer import STORED, Quantizer
-from .recipe import Recipe, Rule
+from .recipe import Recipe
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +97,8 @@ class StatefulQuantizeAware(QuantizeAware):
     def accept(
         self, sites: Sequence[Site], settings: Mapping[str, Any], learned: Any, state: Any
     ) -> None:
-        given = {name: {**learned.get(name, {}), **state.get(name, {})} for name in (*learned, *state)}
+        names = dict.fromkeys((*learned, *state))
+        given = {name: {**learned.get(name, {}), **state.get(name, {})} for name in names}
         for site in sites:
             for slot, quantizer, shape in stored(site, settings[site.name]):
                 found = given.get(site.name, {}).get(slot)
@@ -129,7 +131,7 @@ def _rounded(
     v, shared, back, sync = view_of(site, i, quantizer, x)
     fmt = quantizer.format
     if quantizer.range == "learned":
-        numel = observers.shared_by(v, learned["step"].shape, sync)
+        numel = _sharing(site, i, v, learned["step"])
         return back(lsq(v, learned["step"], -fmt.min, fmt.max, numel)), None
     if quantizer.range == "pact":
         return back(pact(v, learned["clip"], fmt.max)), None
@@ -143,6 +145,19 @@ def _rounded(
     return back(state.in_range(quantizer, v, new["low"], new["high"])), new
 
 
+def _sharing(site: Site, i: int, v: jax.Array, step: jax.Array) -> int:
+    """How many values share one step, on all devices together.
+
+    JAX calls a replicated weight varying once it meets a varying activation, so that only where
+    nothing is known of how an activation is split its type is asked.
+    """
+    operand = site.operands[i]
+    axes = operand.split_over(range(len(operand.shape)))
+    if operand.manual is None and operand.role == "activation":
+        axes = tuple(_compat.varying_axes(v))
+    return v.size // max(step.size, 1) * math.prod(lax.axis_size(name) for name in axes)
+
+
 def _no_state(recipe: Recipe, site: Site, quantizer: Quantizer) -> str:
     return (
         f"recipe `{recipe.name}` keeps a range ({quantizer.range}) for `{site.name}`, and plain "
@@ -152,7 +167,9 @@ def _no_state(recipe: Recipe, site: Site, quantizer: Quantizer) -> str:
     )
 
 
-def _other_model(site: Site, slot: str, quantizer: Quantizer, want: Any, got: Any, given: Any) -> str:
+def _other_model(
+    site: Site, slot: str, quantizer: Quantizer, want: Any, got: Any, given: Any
+) -> str:
     found = f"shape {got}" if got is not None else f"none; it has {nearest(site.name, given)}"
     return (
         f"the state belongs to another model or recipe: the {slot} of `{site.name}` needs a range "
@@ -181,12 +198,13 @@ def quantize_aware_with_state(
       RecipeError: as `quantize_aware`; or the state belongs to another model.
       SiteError: from `init`, if a site with a stored range was not reached.
 
+    >>> from jaxcompress._quantize.recipe import Rule
     >>> recipe = Recipe([Rule("*", activation=Quantizer("int8", "tensor", range="ema"))])
     >>> init, apply = quantize_aware_with_state(lambda w, x: x @ w, recipe)
     >>> w, x = jnp.eye(2), jnp.array([[1.0, -4.0]])
     >>> out, state = apply(init(w, x), w, 2 * x)
-    >>> float(state.statistics["ranges"]["arg0"]["activation"]["high"][0, 0].round(3))
-    4.04
+    >>> state.statistics["ranges"]["arg0"]["activation"]["high"]
+    Array([[4.04]], dtype=float32)
 
     References: Jacob et al. 2018, section 3.1 (averaged ranges); Esser et al. 2020 (learned).
     """

@@ -100,7 +100,7 @@ def labels_of(tree: Any, own: list[Label], floats: bool = True) -> list[Label]:
 def deliver(out: Any, params: TypedParams, state: dict[str, Any]) -> Any:
     """`out`, whose derivative delivers the new state as the cotangent of the old one."""
     new = {"ranges": state, "weight": jnp.ones((), jnp.float32)}
-    new = jax.tree.map(_alike, new, params.statistics)
+    new = _tied(jax.tree.map(_alike, new, params.statistics))
     call, arrays = split(out)
     inexact = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
     passed = _deliver([arrays[i] for i in inexact], params.statistics, new)
@@ -117,6 +117,16 @@ def _alike(new: jax.Array, old: jax.Array) -> jax.Array:
     if less := axes - _compat.varying_axes(new):
         new = lax.pcast(new, tuple(sorted(less)), to="varying")
     return new
+
+
+def _tied(new: Any) -> Any:
+    """The same values, each depending on all of them.
+
+    Under `vmap` JAX adds up the cotangents of what is batched, and passes on one of what is not:
+    a count that is the same in every example would be summed less often than a range.
+    """
+    zero = sum(jnp.where(jnp.isnan(x.ravel()[0]), 0.0, 0.0) for x in jax.tree.leaves(new))
+    return jax.tree.map(lambda x: x + zero, new)
 
 
 @jax.custom_vjp

@@ -318,7 +318,7 @@ def test_a_gradient_without_statistics_keeps_them():
     params = jc.quant_params(mlp, EMA)(PARAMS, X)
     tx = jc.quant_tx(optax.sgd(0.1))
     for bad in (0.0, jnp.nan):
-        g = jax.tree.map(lambda x: jnp.full_like(x, bad), params)
+        g = jax.tree.map(lambda x, bad=bad: jnp.full_like(x, bad), params)
         updates, _ = tx.update(g, tx.init(params), params)
         assert_same(optax.apply_updates(params, updates).statistics, params.statistics)
 

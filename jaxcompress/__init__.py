@@ -15,14 +15,20 @@ from ._errors import RecipeError as RecipeError
 from ._errors import SiteError as SiteError
 from ._quantize import recipes as recipes
 from ._quantize.aware import quantize_aware as quantize_aware
+from ._quantize.calibrate import Inputs as Inputs
+from ._quantize.calibrate import calibrate as calibrate
 from ._quantize.granularity import Granularity as Granularity
 from ._quantize.granularity import per_block as per_block
 from ._quantize.granularity import per_group as per_group
+from ._quantize.params import QuantParams as QuantParams
+from ._quantize.params import quant_params as quant_params
+from ._quantize.params import quant_tx as quant_tx
 from ._quantize.quantizer import Quantizer as Quantizer
 from ._quantize.recipe import Recipe as Recipe
 from ._quantize.recipe import Rule as Rule
 from ._quantize.report import Report as Report
 from ._quantize.report import report as report
+from ._quantize.stateful import quantize_aware_with_state as quantize_aware_with_state
 from ._task import Task as Task
 from ._task import Train as Train
 

@@ -58,6 +58,11 @@ def bind(eqn: Any, values: list) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes over which a value inside `shard_map` is known to differ."""
+    return frozenset(getattr(jax.typeof(x).manual_axis_type, "varying", ()))
+
+
 @contextlib.contextmanager
 def equation_scope(eqn: Any) -> Iterator[None]:
     """The name stack, source line and configuration that the equation was traced under."""

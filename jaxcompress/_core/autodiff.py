@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _compat
+from . import _compat, typed
 from .analyze import MARK
 from .provenance import CONSTANT, Label
 from .sites import Site
@@ -38,7 +38,10 @@ class Scope:
       marks: labels found by the first tracing; None during the first one.
       outer: the scope of another transform around this one, which changes what is differentiated
         after this one did.
+      unknown: label of what a function closes over and the first tracing did not see.
       count: how many functions were differentiated so far.
+      typed: how many of them with respect to `TypedParams`.
+      restored: whether an optimizer took the state out of a gradient (`note_restored`).
       sites: sites found inside them.
     """
 
@@ -48,9 +51,13 @@ class Scope:
         name: str = "",
         marks: dict[str, Label] | None = None,
         outer: Scope | None = None,
+        unknown: Label = CONSTANT,
     ):
         self.region, self.name, self.marks, self.outer = region, name, marks, outer
+        self.unknown = unknown
         self.count = 0
+        self.typed = 0
+        self.restored = False
         self.sites: list[Site] = []
 
 
@@ -61,6 +68,9 @@ def _hook(fn: Callable, primals: tuple) -> tuple[Callable, tuple] | None:
 
 def _enter(scope: Scope, fn: Callable, primals: tuple) -> tuple[Callable, tuple]:
     k, scope.count = scope.count, scope.count + 1
+    if typed.find(primals):
+        scope.typed += 1
+        fn = typed.unwrapping(fn)
     call, arrays = split((primals, {}))
     if scope.marks is None:
         with SCOPE(None):
@@ -72,15 +82,15 @@ def _enter(scope: Scope, fn: Callable, primals: tuple) -> tuple[Callable, tuple]
     marks, prefix = scope.marks, f"{MARK}{k}/"
     known = any(name.startswith(prefix) and label.params for name, label in marks.items())
 
-    def label_of(name: str) -> Label:
-        label = marks.get(prefix + name, CONSTANT)
+    def label_of(name: str, unknown: Label = CONSTANT) -> Label:
+        label = marks.get(prefix + name, unknown)
         # Parameters that were updated before are the parameters of what is differentiated now.
         return Label(params=label.params) if label.data and label.params else label
 
     ins = [label_of(str(i)) for i in range(len(arrays))] if known else None
 
     def closure(count: int) -> list[Label]:
-        return [label_of(f"closure/{i}") for i in range(count)]
+        return [label_of(f"closure/{i}", scope.unknown) for i in range(count)]
 
     assert scope.region is not None
     fn = _named(scope, scope.region(fn, ins, closure, scope))
@@ -118,6 +128,13 @@ def _again(staged: Staged, consts: list) -> Callable:
             return staged.rebuild(_compat.eval_jaxpr(staged.jaxpr, consts, *arrays))
 
     return fn
+
+
+def note_restored() -> None:
+    """Tells the tracing under way that the state is taken out of the gradient and put back."""
+    scope: Scope | None = SCOPE.value
+    if scope is not None:
+        scope.restored = True
 
 
 def install() -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._errors import JaxCompressError, SiteError
-from . import _compat, autodiff
+from . import _compat, autodiff, typed
 from .analyze import MARK, OPAQUE, Analyzer, name_sites
 from .interpret import Runtime, evaluate
 from .provenance import DATA, Label, key_path
@@ -34,11 +34,13 @@ class Transform:
     Attributes:
       kind: one word; a site is owned by at most one transform of a kind.
       stateful: whether `learned` or `state` is used.
+      travels: whether these may come and go with the parameters (`_core/typed.py`).
       collects: whether state is stacked over every scan, not only over scans of layers.
     """
 
     kind = "transform"
     stateful = False
+    travels = False
     collects = False
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Any]:
@@ -53,6 +55,11 @@ class Transform:
 
     def init_state(self, site: Site, setting: Any) -> Any:
         """State of a site before the first call, or None."""
+
+    def accept(
+        self, sites: Sequence[Site], settings: Mapping[str, Any], learned: Any, state: Any
+    ) -> None:
+        """Raises if `learned` and `state` are not what these sites need. Called when traced."""
 
     def state_spec(self, site: Site, state: Any) -> Any:
         """How the state of a site inside shard_map is split over the mesh."""
@@ -98,6 +105,17 @@ def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:
     return f"{MARK}{transform.kind}_{zlib.crc32(key.encode()):08x}"
 
 
+class _Found(NamedTuple):
+    """A function traced and analysed."""
+
+    staged: Staged
+    plan: Plan
+    sites: list[Site]  # all of them, also inside what is differentiated
+    covered: bool  # whether some part was transformed like this before
+    typed: bool  # whether it differentiates with respect to `TypedParams`
+    restored: bool  # whether an optimizer put their state back
+
+
 class _Region(NamedTuple):
     """How a function, or a part of it that is differentiated, is traced and analysed."""
 
@@ -112,8 +130,7 @@ class _Region(NamedTuple):
         labels: Sequence[Label],
         closure: Callable[[int], list[Label]],
         paths: Sequence[str],
-    ) -> tuple[Staged, Plan, list[Site], bool]:
-        """(jaxpr, plan, all sites, whether some part was transformed like this before)."""
+    ) -> _Found:
         autodiff.install()
 
         def once(scope: autodiff.Scope):
@@ -125,16 +142,15 @@ class _Region(NamedTuple):
             return staged, found
 
         outer = autodiff.SCOPE.value
-        first = autodiff.Scope()
+        first = last = autodiff.Scope()
         staged, found = once(first)
         covered = bool(found.owned)  # by whoever wrote the function, not by us below
-        inside: list[Site] = []
         if first.count:
-            name = OPAQUE if self.transform.stateful else self.mark
+            hidden = self.transform.stateful and not self.transform.travels
+            name = OPAQUE if hidden else self.mark
             region = functools.partial(self.differentiated, paths)
-            second = autodiff.Scope(region, name, found.marks, outer)
+            second = last = autodiff.Scope(region, name, found.marks, outer)
             staged, found = once(second)
-            inside = second.sites
             if second.count != first.count:
                 raise SiteError(
                     f"{name_of(fn)} differentiates {first.count} functions when it is traced once "
@@ -142,7 +158,8 @@ class _Region(NamedTuple):
                     "Python state that it changes; wrap the loss instead of the whole step."
                 )
         plan = name_sites(staged.jaxpr, found, paths)
-        return staged, plan, [*plan.everything, *inside], covered
+        everything = [*plan.everything, *last.sites]
+        return _Found(staged, plan, everything, covered, last.typed > 0, last.restored)
 
     def differentiated(
         self,
@@ -158,19 +175,40 @@ class _Region(NamedTuple):
         """
 
         def transformed(*args):
-            call, arrays = split((args, {}))
-            if labels is None:
-                known, leaves = label_arguments(args, {}, range(len(args)))
-                names = [path for path, _ in leaves]
-            else:
-                known, names = labels, paths
-            staged, plan, sites, _ = self.analyze(fn, call, arrays, known, closure, names)
-            scope.sites += sites
-            settings = self.transform.choose(plan.everything)
-            traced = Traced(plan.select(frozenset(settings)), staged, settings, (), ())
-            return traced.run(arrays, Runtime(self.transform, settings, {}, {}))
+            held = typed.only(args) if typed.find(args) else None
+            plain = typed.unwrap(args)
+            call, arrays = split((plain, {}))
+            known, names, around = labels, paths, closure
+            if held is not None:
+                own, leaves = label_arguments((held.weights,), {}, (0,))
+                names, known = [path for path, _ in leaves], typed.labels_of(args, own)
+                around = _foreign(closure)
+            elif labels is None:
+                known, leaves = label_arguments(plain, {}, range(len(plain)))
+                names = [_plain_path(path) for path, _ in leaves]
+            found = self.analyze(fn, call, arrays, known, around, names)
+            scope.sites += found.sites
+            settings = self.transform.choose(found.plan.everything)
+            kept = found.plan.select(frozenset(settings))
+            traced = Traced(kept, found.staged, settings, (), ())
+            learned = held.learned if held else {}
+            state = jax.lax.stop_gradient(held.statistics["ranges"]) if held else {}
+            self.transform.accept(kept.everything, settings, learned, state)
+            runtime = Runtime(self.transform, settings, learned, dict(state))
+            out = traced.run(arrays, runtime)
+            return typed.deliver(out, held, runtime.state) if held else out
 
-        return fn if self.transform.stateful else transformed
+        return fn if self.transform.stateful and not self.transform.travels else transformed
+
+
+def _plain_path(path: str) -> str:
+    """The path without the containers in which `nnx.grad` hands over the state of a model."""
+    return re.sub(r"^(arg\d+/)?states/\d+/", r"\1", path)
+
+
+def _foreign(closure: Callable[[int], list[Label]]) -> Callable[[int], list[Label]]:
+    """What is closed over beside typed parameters: constants, or data, but no parameters."""
+    return lambda count: [DATA if x.data or x.params else x for x in closure(count)]
 
 
 def label_arguments(
@@ -235,6 +273,7 @@ class Transformed:
 
         def whole(learned: Any, state: Any, inputs: Packed):
             traced = self._trace(inputs)
+            transform.accept(traced.plan.everything, traced.settings, learned, state)
             runtime = Runtime(transform, traced.settings, learned, dict(state))
             return Packed.pack(traced.run(inputs.arrays, runtime)), runtime.state
 
@@ -276,16 +315,16 @@ class Transformed:
         def closure(count: int) -> list[Label]:
             return [Label()] * count
 
-        staged, plan, sites, covered = self.region.analyze(
+        found = self.region.analyze(
             self.fn, inputs.call, inputs.arrays, labels, closure, paths
         )
-        unique = _distinct(sites)
-        if not covered:
+        unique = _distinct(found.sites)
+        if not found.covered:
             self.transform.check(unique, paths)
-        settings = self.transform.choose(plan.everything)
-        kept = plan.select(frozenset(settings))
+        settings = self.transform.choose(found.plan.everything)
+        kept = found.plan.select(frozenset(settings))
         shapes = tuple((path, _shape_of(x)) for path, x in leaves)
-        return Traced(kept, staged, settings, unique, shapes)
+        return Traced(kept, found.staged, settings, unique, shapes)
 
     def parameters(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """(key path, array) of each parameter among the arguments of a call."""
@@ -377,10 +416,20 @@ def name_of(fn: Callable) -> str:
 
 
 def stateless(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
-    """`fn` with a transform that has no state: same signature, same structure of results."""
+    """`fn` with a transform: same signature, same structure of results.
+
+    State, if the transform has any, comes and goes with `TypedParams` among the arguments.
+    """
+    from .step import MutatingStep, TypedCall  # they build on this module
+
     inner = Transformed(fn, transform, argnums)
+    typed_call, mutating = TypedCall(inner), MutatingStep(inner)
 
     def wrapped(*args, **kwargs):
+        if typed.find((args, kwargs)):
+            return typed_call(args, kwargs)
+        if mutating.wanted(args, kwargs):
+            return mutating(args, kwargs)
         return inner.call({}, {}, args, kwargs)[0]
 
     try:

@@ -240,6 +240,15 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     shard_map. What `fn` differentiates inside (a train step, a gradient penalty) is quantized
     before it is differentiated.
 
+    A recipe with stored or learned ranges needs them: a `jc.QuantParams` where the parameters
+    were. What differentiates it gets new statistics along with the gradients (`jc.quant_tx`).
+    Without a derivative (evaluation) an averaged range follows the batch as in training, but what
+    it becomes is dropped: the statistics in `QuantParams` stay as they are. A rule with
+    `range="static"` in place of `"ema"` reads the same statistics and does not follow. Outside
+    of what it differentiates a step with `QuantParams` is left alone.
+
+    Steps that change Flax NNX objects in place work too: what they differentiate is transformed.
+
     Args:
       fn: a forward pass, a loss, or a function that calls `jax.grad` and its relatives.
       recipe: name of a recipe, or a `Recipe`.
@@ -249,8 +258,8 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
       A function with the signature of `fn`.
 
     Raises:
-      RecipeError: unknown recipe, or (when called) a rule that matches nothing or two rules
-        that disagree on one array.
+      RecipeError: unknown recipe, or (when called) a rule that matches nothing, two rules that
+        disagree on one array, or a recipe with stored ranges around plain parameters.
       SiteError: a matched operation cannot be handled; a group that does not divide.
 
     >>> import jax, jax.numpy as jnp
@@ -261,4 +270,8 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
 
     References: Jacob et al. 2018 (fake quantization); Bengio et al. 2013 (straight-through).
     """
-    return stateless(fn, QuantizeAware(recipes.get(recipe)), argnums)
+    from .stateful import StatefulQuantizeAware, needs_state  # they build on this module
+
+    chosen = recipes.get(recipe)
+    kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware
+    return stateless(fn, kind(chosen), argnums)

@@ -33,6 +33,11 @@ from .granularity import Granularity, per_group
 _CONVENTIONS = ("max", "half", "signed")
 _POWERS = (None, "ceil", "round", "floor")
 
+# Ranges that are stored between calls, and those that `_quantize/state.py` and its rules compute.
+STORED = ("static", "ema", "learned", "pact")
+OBSERVERS = ("absmax", "minmax", "percentile", "mse", "kl")
+_SPECIAL = (*STORED, "dorefa")
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
@@ -48,7 +53,10 @@ class Quantizer:
             point (integer formats only) "minmax". By default minmax for unsigned integers, absmean
             for ternary and binary, fixed for formats that need no scale (float16, bfloat16, fixed
             point, learned codebooks), else absmax. An unsigned format with an explicit "absmax" is
-            for arrays without negative values: it clips those to zero.
+            for arrays without negative values: it clips those to zero. Stored from call to call
+            (`jc.quantize_aware_with_state`): "static" (calibrated), "ema" (averaged while
+            training), "learned" (LSQ, integers, full range), "pact" (a learned clipping value,
+            unsigned integers). Without scales: "dorefa".
         symmetric: False for a zero point: "minmax", and "percentile" and "mse" of both ends.
         indivisible: what happens where groups do not fit: "error", "pad" (the last group is
             shorter), or "channel" (one group).
@@ -62,6 +70,9 @@ class Quantizer:
             becomes the lowest number and the scale may be negative (llama.cpp Q4_0).
         power_of_two: None, or how scales are rounded to powers of two: "ceil" (nothing is
             clipped), "round" (nearest exponent) or "floor".
+        observer: how a static or averaged range is found from values: "absmax", "minmax", and,
+            static and symmetric only, "percentile", "mse" or "kl" of a histogram.
+        momentum: what remains of an averaged range at each call, 0 to 1.
 
     Raises:
         FormatError: if the format is unknown or does not have what is asked.
@@ -84,6 +95,9 @@ class Quantizer:
     convention: str = dataclasses.field(default="max", kw_only=True)
     power_of_two: str | None = dataclasses.field(default=None, kw_only=True)
 
+    observer: str | None = dataclasses.field(default=None, kw_only=True)
+    momentum: float = dataclasses.field(default=0.99, kw_only=True)
+
     if TYPE_CHECKING:  # names are taken for formats and granularities
 
         def __init__(
@@ -98,13 +112,22 @@ class Quantizer:
             range_value: float | None = None,
             convention: str = "max",
             power_of_two: str | None = None,
+            observer: str | None = None,
+            momentum: float = 0.99,
         ): ...
 
     def __post_init__(self):
         fmt = formats.get(self.format)
         symmetric, rng = self.symmetric, self.range
+        if rng in _SPECIAL:
+            self._resolve_special(fmt)
+            return
+        if self.observer is not None:
+            raise RecipeError(
+                f"observer={self.observer!r} goes with range='static' or 'ema', not {rng!r}."
+            )
         for name, choices in (
-            ("range", (None, *ranges.RANGES)),
+            ("range", (None, *ranges.RANGES, *_SPECIAL)),
             ("indivisible", ("error", "pad", "channel")),
             ("rounding", ROUNDINGS),
             ("convention", _CONVENTIONS),
@@ -165,6 +188,59 @@ class Quantizer:
         """Whether the range leaves values outside, which then have no gradient."""
         return self.range in ranges.CLIPPING
 
+    def _resolve_special(self, fmt: Format) -> None:
+        """Checks and fills in the fields of a range that is stored or learned.
+
+        Raises:
+            FormatError: if the format does not go with the range.
+            RecipeError: if observer or momentum do not.
+        """
+        fits = {
+            "learned": isinstance(fmt, formats.Integer),
+            "pact": isinstance(fmt, formats.Integer) and fmt.min == 0,
+            "dorefa": isinstance(fmt, formats.Integer) and fmt.min == 0,
+        }
+        if not fits.get(self.range, True):
+            kind = "integer" if self.range == "learned" else "unsigned integer"
+            raise FormatError(f"range={self.range!r} is for {kind} formats, found {fmt.name}.")
+        if self.range == "learned" and fmt.min < 0:
+            fmt = formats.integer(fmt.bits, narrow=False)
+        averaged = self.range in ("static", "ema")
+        symmetric = self.symmetric
+        if symmetric is None:
+            symmetric = not averaged or (fmt.min < 0 and self.observer != "minmax")
+        observer = self.observer or ("absmax" if symmetric else "minmax")
+        if observer not in OBSERVERS:
+            raise RecipeError(f"There is no observer {observer!r}. Available: {OBSERVERS}.")
+        if not averaged and (self.observer is not None or not symmetric):
+            raise RecipeError(f"range={self.range!r} takes no observer and is symmetric.")
+        if (observer == "minmax") == symmetric:
+            raise RecipeError(
+                f"observer={observer!r} and symmetric={symmetric} disagree: only 'minmax' is "
+                "not symmetric."
+            )
+        if self.range == "ema" and observer not in ("absmax", "minmax"):
+            raise RecipeError(
+                f"range='ema' averages 'absmax' or 'minmax', not {observer!r}: a histogram needs "
+                "range='static' and jaxcompress.calibrate."
+            )
+        if not symmetric and not fmt.affine:
+            raise FormatError(
+                f"{fmt.name} takes no zero point, so it cannot have observer='minmax'. "
+                "Use 'absmax'."
+            )
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"momentum={self.momentum!r}: expected 0 <= momentum < 1.")
+        settings = {"format": fmt, "granularity": granularities.get(self.granularity or "channel")}
+        settings |= {"symmetric": symmetric, "observer": observer if averaged else None}
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def special(self) -> bool:
+        """Whether the range is stored, learned or none at all, and not found by `scales`."""
+        return self.range in _SPECIAL
+
     def fake_quantize(
         self,
         x: jax.Array,
@@ -179,6 +255,8 @@ class Quantizer:
         (zero where a range that clips leaves a value outside), in forward and reverse mode and to
         any order. Scalars are returned unchanged. A NaN or infinity spreads to the values it
         shares a scale with.
+
+        A stored range is not known here: the range of x itself is used instead of it.
 
         Args:
             x: floating, any shape.
@@ -306,6 +384,8 @@ class Quantizer:
             "granularity": str(self.granularity),
             "range": self.range,
             "indivisible": self.indivisible,
+            **({"observer": self.observer} if self.observer else {}),
+            **({"momentum": self.momentum} if self.range == "ema" else {}),
         }
         if self.range in ranges.EITHER:
             out["symmetric"] = self.symmetric

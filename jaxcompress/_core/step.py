@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that need more than a plain function of arrays: typed parameters, objects that mutate."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from .._errors import RecipeError
+from . import autodiff, typed
+from .analyze import Analyzer
+from .interpret import Runtime
+from .provenance import CONSTANT, DATA, Label
+from .staging import Packed, Staged, split, stage
+from .transform import Traced, Transformed, _distinct, label_arguments, name_of
+
+_WEIGHT_LEAF = Label(params=frozenset([0]))
+
+
+class TypedCall:
+    """Calls a function with `TypedParams` among its arguments.
+
+    A function that differentiates with respect to them is a step: it gets them as they are, and
+    only what it differentiates is transformed. Any other function sees the weights alone and is
+    transformed as a whole; its derivative delivers the new state.
+    """
+
+    def __init__(self, inner: Transformed):
+        self.inner = inner
+        self.looks = 2  # at the values of the first calls; each look waits for the device
+
+        def whole(inputs: Packed) -> Packed:
+            run = self._step if self._is_step(inputs) else self._plain
+            return Packed.pack(run(inputs))
+
+        whole.__name__ = whole.__qualname__ = inner.region.mark
+        self._jitted = jax.jit(whole)
+
+    def __call__(self, args: tuple, kwargs: dict) -> Any:
+        if self.looks:
+            self.looks -= 1
+            _check_weight(typed.find((args, kwargs))[0])
+        return self.inner._with_floats(self._jitted, args, kwargs).unpack()
+
+    def _is_step(self, inputs: Packed) -> bool:
+        autodiff.install()
+        scope = autodiff.Scope()
+        try:
+            with autodiff.SCOPE(scope):
+                stage(self.inner.fn, inputs.call, inputs.arrays)
+        except Exception:
+            # A forward pass cannot read typed parameters, and fails as it likes to. Then it is
+            # traced with the weights alone, and what fails there is the caller's to see.
+            if scope.typed:
+                raise
+        return scope.typed > 0
+
+    def _plain(self, inputs: Packed) -> Any:
+        inner, (args, kwargs) = self.inner, inputs.unpack()
+        held = typed.only((args, kwargs))
+        floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
+        own, leaves = label_arguments((held.weights,), {}, (0,))
+        labels, paths = typed.labels_of((args, kwargs), own, floats), [path for path, _ in leaves]
+        call, arrays = split(typed.unwrap((args, kwargs)), floats)
+        found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths)
+        sites = _distinct(found.sites)
+        if not found.covered:
+            inner.transform.check(sites, paths)
+        settings = inner.transform.choose(found.plan.everything)
+        kept = found.plan.select(frozenset(settings))
+        state = jax.lax.stop_gradient(held.statistics["ranges"])
+        inner.transform.accept(kept.everything, settings, held.learned, state)
+        runtime = Runtime(inner.transform, settings, held.learned, dict(state))
+        out = Traced(kept, found.staged, settings, sites, ()).run(arrays, runtime)
+        return typed.deliver(out, held, runtime.state)
+
+    def _step(self, inputs: Packed) -> Any:
+        inner, (args, kwargs) = self.inner, inputs.unpack()
+        labels = [DATA] * len(inputs.arrays)
+        found = inner.region.analyze(inner.fn, inputs.call, inputs.arrays, labels, _constants, ())
+        if not found.covered:
+            held = typed.find((args, kwargs))[0]
+            paths = [path for path, _ in label_arguments((held.weights,), {}, (0,))[1]]
+            inner.transform.check(_distinct(found.sites), paths)
+        if not found.restored and _is_updated(found.staged, inputs):
+            raise RecipeError(
+                f"{name_of(inner.fn)} updates QuantParams with an optimizer that was not wrapped: "
+                "it would descend along the statistics. Use jaxcompress.quant_tx(optimizer) where "
+                "the optimizer is made, outermost."
+            )
+        nothing = found.plan.select(frozenset())
+        traced = Traced(nothing, found.staged, {}, (), ())
+        return traced.run(inputs.arrays, Runtime(inner.transform, {}, {}, {}))
+
+
+def _constants(count: int) -> list[Label]:
+    return [CONSTANT] * count
+
+
+def _check_weight(held: typed.TypedParams) -> None:
+    """Raises if an optimizer descended along the scalar that is zero by definition."""
+    weight = held.statistics["weight"]
+    known = isinstance(weight, jax.Array) and not isinstance(weight, Tracer)
+    if known and weight.is_fully_addressable and float(weight) != 0:
+        raise RecipeError(
+            "these QuantParams were changed by an optimizer that descended along their "
+            "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
+            "jaxcompress.quant_params."
+        )
+
+
+def _is_updated(staged: Staged, inputs: Packed) -> bool:
+    """Whether typed parameters that come out were computed from some that came in."""
+    flags = jax.tree.map(lambda _: CONSTANT, inputs)
+    args, kwargs = flags.unpack()
+    for held in typed.find((args, kwargs)):
+        held.statistics["weight"] = _WEIGHT_LEAF
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_label)
+    labels = [x for x in leaves if _is_label(x)]
+    outputs = Analyzer().analyze(staged.jaxpr, labels).outputs
+    unchanged = set(map(id, staged.jaxpr.invars))
+    outputs = [
+        CONSTANT if id(v) in unchanged else label
+        for v, label in zip(staged.jaxpr.outvars, outputs, strict=True)
+    ]
+    return any(
+        held.statistics["weight"].params
+        for held in typed.find(staged.rebuild(outputs))
+        if _is_label(held.statistics["weight"])
+    )
+
+
+def _is_label(x: Any) -> bool:
+    return isinstance(x, Label)
+
+
+class MutatingStep:
+    """Calls a step that changes its arguments in place: Flax NNX models and optimizers.
+
+    They are not taken apart: the step runs as it is, and only what it differentiates is
+    transformed. What it differentiates are the parameters; what it closes over is data.
+    """
+
+    def __init__(self, inner: Transformed):
+        self.inner = inner
+        self.scope = self._scope(None)
+        self.known: dict[Any, bool] = {}
+
+    def _scope(self, outer: autodiff.Scope | None) -> autodiff.Scope:
+        region = functools.partial(self.inner.region.differentiated, ())
+        return autodiff.Scope(region, self.inner.region.mark, {}, outer, DATA)
+
+    def wanted(self, args: tuple, kwargs: dict) -> bool:
+        """Whether arguments are NNX objects that the function differentiates and changes."""
+        if not _holds_objects((args, kwargs)):
+            return False
+        call = split((args, kwargs))[0]
+        if call not in self.known:
+            self.known[call] = _differentiates_and_mutates(self.inner, args, kwargs)
+        return self.known[call]
+
+    def __call__(self, args: tuple, kwargs: dict) -> Any:
+        outer = autodiff.SCOPE.value
+        scope = self.scope if outer is None else self._scope(outer)
+        scope.sites.clear()
+        with autodiff.SCOPE(scope):
+            out = self.inner.fn(*args, **kwargs)
+        if scope.sites:  # none where everything was compiled before
+            sites: Sequence = _distinct(scope.sites)
+            self.inner.transform.check(sites, [])
+        return out
+
+
+def _holds_objects(tree: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    objects = (nnx.Module, nnx.Optimizer)
+    found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, objects))
+    return any(isinstance(x, objects) for x in found)
+
+
+def _differentiates_and_mutates(inner: Transformed, args: tuple, kwargs: dict) -> bool:
+    autodiff.install()
+    scope, changed = autodiff.Scope(), []
+
+    def watched(*args, **kwargs):  # on copies: the arguments themselves do not change
+        before = split((args, kwargs))[1]
+        inner.fn(*args, **kwargs)
+        after = split((args, kwargs))[1]
+        changed[:] = [len(before) != len(after) or any(map(operator.is_not, before, after))]
+
+    with autodiff.SCOPE(scope):
+        inner._with_floats(lambda x: stage(watched, x.call, x.arrays), args, kwargs)
+    return scope.count > 0 and changed[0]

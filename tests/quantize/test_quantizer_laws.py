@@ -82,9 +82,7 @@ def test_laws(fmt, dtype, granularity):
 
 @pytest.mark.full
 @pytest.mark.parametrize("fmt, dtype, granularity", PRODUCT, ids=str)
-def test_laws_full(request, fmt, dtype, granularity):
-    if "full" not in request.config.getoption("-m"):
-        pytest.skip("the whole product: run with -m full")
+def test_laws_full(fmt, dtype, granularity):
     laws(fmt, dtype, granularity)
 
 

@@ -125,7 +125,7 @@ def _of(q: Quantizer, low: jax.Array | None, high: jax.Array, g: Any) -> Scales:
         zero = fmt.round(lax.sub(lax.full_like(low, fmt.min), lax.div(low, scale)))
         return Scales(scale, zero)
     if q.convention == "signed":
-        return Scales(_rounded(safe_scale(high, fmt.min), q.power_of_two))
+        return Scales(_rounded(safe_scale(high, fmt.min, signed=True), q.power_of_two))
     if q.convention == "half" or q.power_of_two:
         return Scales(_rounded(safe_scale(high, q.top), q.power_of_two))
     return Scales(fmt.find_scale(high, g), None, g)

@@ -227,10 +227,11 @@ def reject_nan(v: jax.Array, name: str) -> None:
         )
 
 
-def safe_scale(extent: jax.Array, top: float) -> jax.Array:
+def safe_scale(extent: jax.Array, top: float, *, signed: bool = False) -> jax.Array:
     """Returns extent / top, or 1 where that is zero or subnormal. NaN stays NaN."""
     scale = lax.div(extent, lax.full_like(extent, top))
-    small = lax.lt(lax.abs(scale), lax.full_like(scale, _SMALLEST_SCALE))
+    size = lax.abs(scale) if signed else scale
+    small = lax.lt(size, lax.full_like(scale, _SMALLEST_SCALE))
     return lax.select(small, lax.full_like(scale, 1), scale)
 
 

@@ -69,7 +69,7 @@ def test_rows_and_totals():
     assert report.bytes_after == sum(after.values())
     assert rows["layers"].shape == (3, 8, 8)
     assert rows["conv"].weight == "int8 per channel"
-    assert rows["conv"].activation == "int8 per token" and rows["embed"].activation is None
+    assert rows["conv"].activation == "int8 per example" and rows["embed"].activation is None
     assert rows["dot_general#0"].reason == "product of two activations"
     assert rows["dot_general#0"].weight is None and rows["dot_general#0"].snr_db is None
     assert rows["unused"].weight == "float32" and rows["steps"].weight == "int32"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Flax Linen `TrainState` with ranges that are averaged while it trains.
 
-    python examples/train_step_linen.py
+python examples/train_step_linen.py
 """
 
 import flax.linen as nn

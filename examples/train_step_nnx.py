@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Flax NNX step, whose model and optimizer change in place, becomes int8-aware in one line.
 
-    python examples/train_step_nnx.py
+python examples/train_step_nnx.py
 """
 
 import jax

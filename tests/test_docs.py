@@ -150,7 +150,10 @@ def table(page: pathlib.Path, first: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
 def test_table_of_named_recipes(name):
     def shown(quantizer):
-        return f"{quantizer.format.name} per {quantizer.granularity}" if quantizer else "as it is"
+        if quantizer is None:
+            return "as it is"
+        stored = f", {quantizer.range}" if quantizer.special else ""
+        return f"{quantizer.format.name} per {quantizer.granularity}{stored}"
 
     wanted = [
         [name, *(shown(q) for q in (r.rules[0].weight, r.rules[1].weight, r.rules[1].activation))]

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._errors import SiteError
-from . import dimensions
+from . import _compat, dimensions
 from .patterns import matches, nearest
 from .sites import Site
 from .transform import ArgNums, Listing, Transform, Transformed
@@ -101,12 +101,7 @@ class Tap(Transform):
             axes = site.operands[0].split_over(summed)
             seen = lax.psum(seen, axes) if axes else seen  # devices hold parts of the sum
         split = frozenset().union(*(self._split(site) or ()))
-        return out, _one_copy(seen, varying(seen) - split)
-
-
-def varying(x: jax.Array) -> frozenset[str]:
-    """Mesh axes along which shard_map takes a value to differ; none outside."""
-    return getattr(jax.typeof(x).manual_axis_type, "varying", frozenset())
+        return out, _one_copy(seen, _compat.varying_axes(seen) - split)
 
 
 def _one_copy(x: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -178,7 +178,7 @@ class _Region(NamedTuple):
             held = typed.only(args) if typed.find(args) else None
             plain = typed.unwrap(args)
             call, arrays = split((plain, {}))
-            known, names, around = labels, paths, closure
+            names, around = paths, closure
             if held is not None:
                 own, leaves = label_arguments((held.weights,), {}, (0,))
                 names, known = [path for path, _ in leaves], typed.labels_of(args, own)
@@ -186,6 +186,8 @@ class _Region(NamedTuple):
             elif labels is None:
                 known, leaves = label_arguments(plain, {}, range(len(plain)))
                 names = [_plain_path(path) for path, _ in leaves]
+            else:
+                known = labels
             found = self.analyze(fn, call, arrays, known, around, names)
             scope.sites += found.sites
             settings = self.transform.choose(found.plan.everything)
@@ -315,9 +317,7 @@ class Transformed:
         def closure(count: int) -> list[Label]:
             return [Label()] * count
 
-        found = self.region.analyze(
-            self.fn, inputs.call, inputs.arrays, labels, closure, paths
-        )
+        found = self.region.analyze(self.fn, inputs.call, inputs.arrays, labels, closure, paths)
         unique = _distinct(found.sites)
         if not found.covered:
             self.transform.check(unique, paths)

@@ -221,8 +221,11 @@ def _fits(site: Site, setting: Setting) -> None:
 
 
 def describe(quantizer: Quantizer | None) -> str:
-    """`int4 per group:32`, or `float` for None."""
-    return f"{quantizer.format.name} per {quantizer.granularity}" if quantizer else "float"
+    """`int4 per group:32`, `int8 per tensor, static`, or `float` for None."""
+    if quantizer is None:
+        return "float"
+    stored = f", {quantizer.range}" if quantizer.special else ""
+    return f"{quantizer.format.name} per {quantizer.granularity}{stored}"
 
 
 def _listed(sites: Sequence[Site]) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core.observe import varying
+from .._core import _compat
 from .._core.sites import Site
 from .aware import QuantizeAware, quantized
 
@@ -38,7 +38,7 @@ class Noise(QuantizeAware):
         )
         new = jnp.stack([jnp.sum(clean**2), jnp.sum((noisy - clean) ** 2)])
         split = {a for o in site.operands for s in o.manual or () for a in s}
-        axes = tuple(sorted(split | varying(new)))
+        axes = tuple(sorted(split | _compat.varying_axes(new)))
         return out, state + (lax.psum(new, axes) if axes else new)
 
 

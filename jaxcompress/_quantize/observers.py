@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What calibration looks at for each kind of stored range, and what it makes of it.
 
-    static     smallest and largest value of all batches, or a histogram of |v|
-    ema        the average as training would take it
-    learned    mean|v|, the first step size of LSQ
-    pact       largest value, the first clipping value
+static     smallest and largest value of all batches, or a histogram of |v|
+ema        the average as training would take it
+learned    mean|v|, the first step size of LSQ
+pact       largest value, the first clipping value
 """
 
 from __future__ import annotations
@@ -79,4 +79,3 @@ def finish(quantizer: Quantizer, seen: dict[str, jax.Array]) -> tuple[Any, Any]:
 def _ones(a: jax.Array, b: jax.Array) -> tuple[int, ...]:
     """Axes to add to b so that it broadcasts to a from the left."""
     return (1,) * (a.ndim - b.ndim)
-

@@ -204,7 +204,7 @@ class Quantizer:
             kind = "integer" if self.range == "learned" else "unsigned integer"
             raise FormatError(f"range={self.range!r} is for {kind} formats, found {fmt.name}.")
         if self.range == "learned" and fmt.min < 0:
-            fmt = formats.integer(fmt.bits, narrow=False)
+            fmt = formats.integer(int(fmt.bits), narrow=False)
         averaged = self.range in ("static", "ema")
         symmetric = self.symmetric
         if symmetric is None:

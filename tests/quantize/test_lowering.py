@@ -46,10 +46,22 @@ def model(p, images, ids):
 TX = optax.adamw(1e-3)
 
 
-def step(p, opt, images, ids):
-    loss, g = jax.value_and_grad(lambda p: jnp.mean(model(p, images, ids) ** 2))(p)
-    updates, opt = TX.update(g, opt, p)
-    return optax.apply_updates(p, updates), opt, loss
+def step_with(tx):
+    def step(p, opt, images, ids):
+        loss, g = jax.value_and_grad(lambda p: jnp.mean(model(p, images, ids) ** 2))(p)
+        updates, opt = tx.update(g, opt, p)
+        return optax.apply_updates(p, updates), opt, loss
+
+    return step
+
+
+def held_by(recipe):
+    """What a step with this recipe holds, and its optimizer."""
+    rules = jc.recipes.get(recipe).rules
+    if not any(q is not None and q.special for r in rules for q in (r.weight, r.activation)):
+        return PARAMS, TX
+    ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), (PARAMS, IMAGES, IDS))
+    return jc.quant_params(model, recipe)(*ones), jc.quant_tx(TX)
 
 
 def lower(f, *args):
@@ -58,14 +70,15 @@ def lower(f, *args):
 
 @pytest.mark.parametrize("recipe", jc.recipes.RECIPES)
 def test_forward_and_train_step_lower_everywhere(recipe):
-    text = lower(jc.quantize_aware(model, recipe), PARAMS, IMAGES, IDS)
+    params, tx = held_by(recipe)
+    text = lower(jc.quantize_aware(model, recipe), params, IMAGES, IDS)
     assert "dot_general" in text and "convolution" in text
     plain = lower(model, PARAMS, IMAGES, IDS)
     rounding = "round_nearest_even"  # or a cast to a float format of 8 bits
     assert rounding in text or "f8E4M3FN" in text
     assert rounding not in plain and "f8E4M3FN" not in plain
-    opt = jax.eval_shape(TX.init, PARAMS)
-    text = lower(jc.quantize_aware(step, recipe), PARAMS, opt, IMAGES, IDS)
+    opt = jax.eval_shape(tx.init, params)
+    text = lower(jc.quantize_aware(step_with(tx), recipe), params, opt, IMAGES, IDS)
     assert rounding in text or "f8E4M3FN" in text
 
 

@@ -411,4 +411,4 @@ def test_the_named_recipe():
     want = clipped(jnp.tanh(clipped(X, a) @ weight(PARAMS["w1"])), b) @ weight(PARAMS["w2"])
     assert_same(apply(state, PARAMS, X)[0], want, ROUNDING)
     report = jc.report(mlp, "w8a8-static")(PARAMS, X)
-    assert [row.activation for row in report.rows] == ["int8 per tensor"] * 2
+    assert [row.activation for row in report.rows] == ["int8 per tensor, static"] * 2

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec
 
 from .._errors import JaxCompressError, SiteError
 from . import _compat, autodiff, typed
-from .analyze import MARK, OPAQUE, Analyzer, name_sites
+from .analyze import MARK, OPAQUE, Analyzer
 from .interpret import Runtime, evaluate
+from .naming import name_sites
 from .provenance import DATA, Label, key_path
 from .sites import Plan, Site
 from .staging import Call, Packed, Staged, is_array, is_float, split, stage
@@ -415,7 +416,7 @@ def name_of(fn: Callable) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def stateless(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
+def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
     """`fn` with a transform: same signature, same structure of results.
 
     State, if the transform has any, comes and goes with `TypedParams` among the arguments.

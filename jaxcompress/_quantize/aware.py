@@ -9,7 +9,7 @@ from typing import Any
 
 from .._core.patterns import matches, nearest
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transform, stateless
+from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
 from . import recipes
 from .quantizer import Quantizer
@@ -277,4 +277,4 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
 
     chosen = recipes.get(recipe)
     kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware
-    return stateless(fn, kind(chosen), argnums)
+    return transformed_function(fn, kind(chosen), argnums)

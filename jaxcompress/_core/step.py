@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 from collections.abc import Sequence
@@ -104,15 +105,23 @@ def _constants(count: int) -> list[Label]:
 
 
 def _check_weight(held: typed.TypedParams) -> None:
-    """Raises if an optimizer descended along the scalar that is zero by definition."""
+    """Raises if the scalar that is zero by definition says that the statistics were spoilt."""
     weight = held.statistics["weight"]
     known = isinstance(weight, jax.Array) and not isinstance(weight, Tracer)
-    if known and weight.is_fully_addressable and float(weight) != 0:
+    if not known or not weight.is_fully_addressable or float(weight) == 0:
+        return
+    if math.isnan(float(weight)):
         raise RecipeError(
-            "these QuantParams were changed by an optimizer that descended along their "
-            "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
+            "the statistics of these QuantParams were lost: their gradients were rescaled leaf by "
+            "leaf before jaxcompress.quant_tx saw them. Rescale inside of it, as in "
+            "quant_tx(optax.chain(rescale, optimizer)), and start again from "
             "jaxcompress.quant_params."
         )
+    raise RecipeError(
+        "these QuantParams were changed by an optimizer that descended along their "
+        "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
+        "jaxcompress.quant_params."
+    )
 
 
 def _is_updated(staged: Staged, inputs: Packed) -> bool:

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._core import _compat
+from .._core.tabular import Tabular
 from .._core.transform import ArgNums, Transformed, name_of
 from .._errors import FormatError
 from . import recipes
@@ -23,16 +22,12 @@ from .aware import QuantizeAware
 from .noise import Noise, decibels
 from .recipe import Recipe
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_COLUMNS = ("site", "op", "shape", "weight", "activation", "bytes before", "after", "SNR dB")
 _NUMBERS = ("bytes before", "after", "SNR dB")
-_REASON = "left alone because"
+_COLUMNS = ("site", "op", "shape", "weight", "activation", *_NUMBERS, "left alone because")
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """What a recipe does to a function. Prints as a table, also in notebooks."""
 
     name: str
@@ -68,44 +63,15 @@ class Report:
         data |= {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         return json.dumps(data, indent=2, allow_nan=False)
 
-    def table(self) -> Table:
-        """The rows as a `rich` table."""
-        from rich.table import Table
-        from rich.text import Text
+    @property
+    def columns(self) -> list[tuple[str, bool]]:
+        """(heading, whether it holds numbers) of each column."""
+        return [(c, c in _NUMBERS) for c in _COLUMNS]
 
-        table = Table(title=Text(self.title))
-        for column in _COLUMNS:
-            justify = "right" if column in _NUMBERS else "left"
-            table.add_column(column, overflow="fold", justify=justify)
-        table.add_column(_REASON, overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, _cells(row)))  # names are no markup: `['a/b']`
-        return table
-
-    def to_html(self, path: str) -> None:
-        """Writes the table as a page of HTML."""
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-        page = f"<!DOCTYPE html><html><head>{head}</head><body>{self._repr_html_()}</body></html>"
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-
-    def _repr_html_(self) -> str:
-        """The table as HTML, which notebooks show."""
-
-        def line(tag: str, cells: tuple[str, ...] | list[str]) -> str:
-            return f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"
-
-        body = "".join(line("td", _cells(row)) for row in self.rows)
-        caption = f"<caption>{html.escape(self.title)}</caption>"
-        return f"<table>{caption}{line('th', (*_COLUMNS, _REASON))}{body}</table>"
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160, file=io.StringIO())
-        with console.capture() as text:
-            console.print(self.table())
-        return text.get()
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [_cells(row) for row in self.rows]
 
 
 def _cells(row: Row) -> list[str]:

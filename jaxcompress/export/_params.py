@@ -124,7 +124,7 @@ def load_params(path: str | os.PathLike[str], *, like: Any = None, lazy: bool = 
             )
         if like is not None:
             raise ArtifactError(f"{path} is a model of compressed-tensors, which has no `like`.")
-        return _compressed_tensors.decode(path, arrays, about)
+        return _compressed_tensors.decode(path, arrays, about, lazy)
     return _tree.rebuild(about.get("tree"), arrays, like, lazy)
 
 

@@ -87,8 +87,8 @@ class _Describe:
         if type(x) in (list, tuple):
             kind = type(x).__name__
             return {kind: [self.node(v, (*path, i)) for i, v in enumerate(x)]}
-        if (children := _children(x)) is not None:
-            nodes = [[_key(k, path), self.node(v, (*path, k))] for k, v in children]
+        if (pairs := children_of(x)) is not None:
+            nodes = [[_key(k, path), self.node(v, (*path, k))] for k, v in pairs]
             return {"node": _type_name(x), "children": nodes}
         return self.leaf(x, path)
 
@@ -276,8 +276,8 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
         if tree is like:
             return None
         raise _unlike(tree, like, path)
-    children = None if isinstance(like, QTensor) else _children(like)
-    if children is None:
+    pairs = None if isinstance(like, QTensor) else children_of(like)
+    if pairs is None:
         if isinstance(tree, _Node | dict | list | tuple):
             raise _unlike(tree, like, path)
         for what in ("shape", "dtype"):
@@ -295,16 +295,16 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
         found, same = dict(enumerate(tree)), type(tree) is type(like)
     else:
         found, same = tree, type(like) is dict
-    if not same or not isinstance(found, dict) or found.keys() != {k for k, _ in children}:
+    if not same or not isinstance(found, dict) or found.keys() != {k for k, _ in pairs}:
         raise _unlike(tree, like, path)
-    matched = {k: _match(found[k], v, (*path, k)) for k, v in children}
+    matched = {k: _match(found[k], v, (*path, k)) for k, v in pairs}
     if type(like) is dict:
         return matched
     structure = jax.tree.structure(like, is_leaf=lambda x: x is not like)
     return structure.unflatten(matched.values())
 
 
-def _children(x: Any) -> list[tuple[Any, Any]] | None:
+def children_of(x: Any) -> list[tuple[Any, Any]] | None:
     """The children of a pytree node by key; None for a leaf."""
     if type(x) is dict:  # JAX would sort the keys, and fail where they cannot be compared
         return list(x.items())
@@ -377,7 +377,7 @@ def _unlike(tree: Any, like: Any, path: tuple[Any, ...]) -> ArtifactError:
         kind = x.kind if isinstance(x, _Node) else type(x).__name__
         keys = x.children if isinstance(x, _Node) else x
         if not isinstance(keys, dict):
-            keys = dict(_children(x) or ())
+            keys = dict(children_of(x) or ())
         return f"{kind} ({', '.join(map(str, keys))})" if keys else kind
 
     return ArtifactError(

@@ -17,12 +17,12 @@ from rich.table import Table
 from . import __version__
 from ._compress import compress, initial
 from ._core.observe import sites
-from ._errors import JaxCompressError, RecipeError
+from ._errors import ArtifactError, JaxCompressError, RecipeError
 from ._quantize import recipes
 from ._quantize.aware import describe
 from ._quantize.recipe import Recipe
 from ._quantize.report import Report, Row
-from ._result import FLOAT_PARAMETERS, PARAMETERS, read_report
+from ._result import read_report
 from ._task import Task, load_task, user_code
 
 
@@ -147,7 +147,13 @@ def _sites(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _show(read_report(arguments.dir), arguments.dir)
+    result = read_report(arguments.dir)
+    try:
+        _show(result, arguments.dir)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"{arguments.dir}/report.json is damaged: {type(error).__name__}: {error}."
+        ) from None
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
@@ -181,7 +187,8 @@ def _show(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     name = f"{step['of']} step, ms"
     table.add_row(name, f"{old:.2f}", f"{new:.2f}", f"{ratio:.2f} times as long")
     console.print(table)
-    console.print(f"{folder}: report.json, {PARAMETERS}, {FLOAT_PARAMETERS}", highlight=False)
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"{folder}: {names}", highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -27,9 +27,10 @@ from ._quantize.aware import quantize_aware
 from ._quantize.recipe import Recipe
 from ._quantize.report import report
 from ._quantize.storage import compressed_weights
-from ._result import FLOAT_PARAMETERS, PARAMETERS, new_result, write_arrays, write_report
+from ._result import FLOAT_PARAMETERS, PARAMETERS, new_result, write_report
 from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
+from .export import save_params
 
 
 def compress(
@@ -62,8 +63,8 @@ def compress(
         after = _evaluate(task, quantize_aware(task.apply, recipe), params_q)
         stored_q = compressed_weights(task.apply, recipe)(params_q, x)
         stored = compressed_weights(task.apply, Recipe([], "float"))(params, x)
-        write_arrays(folder / PARAMETERS, stored_q)
-        write_arrays(folder / FLOAT_PARAMETERS, stored)
+        save_params(stored_q, folder / PARAMETERS)
+        save_params(stored, folder / FLOAT_PARAMETERS)
         train = task.train
         result = {
             "task": task.name,

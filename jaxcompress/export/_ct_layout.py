@@ -205,9 +205,7 @@ def decode(
     return QTensor(packed, scale, zero, fmt, dtype, codes.shape[0], blocks, top)
 
 
-def _scales_out(
-    q: QTensor, scale: np.ndarray, name: str
-) -> tuple[str, dict[str, Any], np.ndarray]:
+def _scales_out(q: QTensor, scale: np.ndarray, name: str) -> tuple[str, dict[str, Any], np.ndarray]:
     """Strategy, its settings, and the scales in the layout of compressed-tensors."""
     (rows, columns), blocks = q.shape, q.blocks
     if blocks is None and scale.shape == (1, columns):

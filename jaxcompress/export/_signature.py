@@ -82,12 +82,9 @@ class Signature:
                 f"The program takes {self}, and was given {given}. Beside the arrays, structure "
                 "and settings have to be those of the export."
             )
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
         for (path, want, dtype), (_, got, got_dtype) in zip(self.arrays, given.arrays, strict=True):
-            known = [sizes.setdefault(w, g) if isinstance(w, str) and w.isidentifier() else w
-                     for w, g in zip(want, got)]  # fmt: skip
-            same = all(isinstance(k, str) or k == g for k, g in zip(known, got))
-            if len(want) != len(got) or not same or dtype != got_dtype:
+            if not _fits(want, got, sizes) or dtype != got_dtype:
                 raise ArtifactError(
                     f"Input `{path}` is {_spell(got, got_dtype)}, the program takes "
                     f"{_spell(want, dtype)}. Export it for this shape too, or with "
@@ -102,6 +99,20 @@ class Signature:
 
     def __str__(self) -> str:
         return str(self.rebuild([_spell(shape, dtype) for _, shape, dtype in self.arrays]))
+
+
+def _fits(want: Sequence[int | str], got: Sequence, sizes: dict[str, Any]) -> bool:
+    """Whether a shape is as asked; `sizes` are those of the names that were seen before.
+
+    What is computed from names, such as `2*batch`, JAX checks itself.
+    """
+
+    def fits(w: int | str, g: Any) -> bool:
+        if isinstance(w, int):
+            return w == g
+        return not w.isidentifier() or sizes.setdefault(w, g) == g
+
+    return len(want) == len(got) and all(map(fits, want, got))
 
 
 def _spell(shape: Sequence[int | str], dtype: str) -> str:

@@ -204,5 +204,5 @@ def _rows(named: dict[str, Any]) -> list[Row]:
 
 
 def _checksum(path: pathlib.Path, data: bytes | None) -> str:
-    """SHA-256 of a file; of a safetensors file that of its header, which has those of its arrays."""
+    """SHA-256 of a file; of a safetensors file that of its header, which covers its arrays."""
     return read_header(path).digest if data is None else hashlib.sha256(data).hexdigest()

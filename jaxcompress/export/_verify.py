@@ -99,7 +99,7 @@ class Verification(Tabular):
 
     def to_json(self) -> str:
         """JSON text with all rows; a difference that is not finite is a text."""
-        data = dataclasses.asdict(self) | {"equal": self.equal}
+        data: dict[str, Any] = dataclasses.asdict(self) | {"equal": self.equal}
         for row in data["rows"]:
             if not np.isfinite(row["largest"]):
                 row["largest"] = str(row["largest"])
@@ -175,8 +175,9 @@ def _expected(
             yield inputs, reference["outputs"], reference.get("sites")
             return
         batches = [Inputs(*inputs)]
-    count = 0
-    for count, batch in enumerate(batches, 1):
+    empty = True
+    for batch in batches:
+        empty = False
         inputs = batch.args if isinstance(batch, Inputs) else (batch,)
         program = Program(fn, params, inputs)
         outputs = jax.jit(flat(program.run)[0])(program.leaves, program.inputs)
@@ -184,7 +185,7 @@ def _expected(
         if artifact.sites:
             sites = jax.jit(program.run_sites)(program.leaves, program.inputs)
         yield inputs, outputs, sites
-    if not count:
+    if empty:
         raise ArtifactError("verify got no batches. Pass at least one.")
 
 

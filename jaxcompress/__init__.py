@@ -5,6 +5,7 @@ from . import export as export
 from . import formats as formats
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
+from ._core.packed import with_qtensors as with_qtensors
 from ._core.qtensor import QTensor as QTensor
 from ._core.qtensor import nbytes as nbytes
 from ._core.sites import Operand as Operand

@@ -23,6 +23,7 @@ from .analyze import MARK, OPAQUE, Analyzer
 from .interpret import Runtime, evaluate
 from .naming import name_sites
 from .provenance import DATA, Label, key_path
+from .qtensor import dequantized, is_qtensor
 from .sites import Plan, Site
 from .staging import Call, Packed, Staged, is_array, is_float, split, stage
 
@@ -37,12 +38,14 @@ class Transform:
       stateful: whether `learned` or `state` is used.
       travels: whether these may come and go with the parameters (`_core/typed.py`).
       collects: whether state is stacked over every scan, not only over scans of layers.
+      takes_packed: whether `apply` takes a `QTensor` for a weight, as `bind` does.
     """
 
     kind = "transform"
     stateful = False
     travels = False
     collects = False
+    takes_packed = False
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Any]:
         """The sites to change, by name, each with a hashable setting for `apply`."""
@@ -93,7 +96,7 @@ class Traced(NamedTuple):
 
     def run(self, arrays: Sequence, runtime: Runtime) -> Any:
         outs = evaluate(self.plan, self.staged.jaxpr, self.staged.consts, arrays, runtime)
-        return self.staged.rebuild(outs)
+        return self.staged.rebuild(list(map(dequantized, outs)))
 
 
 def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:
@@ -222,7 +225,7 @@ def label_arguments(
     Key paths differ: two that read the same (`{"a/b": x}` and `{"a": {"b": y}}`) are spelled out
     as `['a/b']` and `['a']['b']`, and those of several arguments start with `arg0/`.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
     flat = [(path, x) for path, x in flat if is_array(x, floats)]
     heads = [getattr(path[1], "idx", getattr(path[1], "key", None)) for path, _ in flat]
     ours = [i for i, head in enumerate(heads) if head in params]
@@ -331,6 +334,15 @@ class Transformed:
         """(key path, array) of each parameter among the arguments of a call."""
         return label_arguments(args, kwargs, self._params(args, kwargs), self.floats)[1]
 
+    def replace(self, new: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a call with other values for the parameters of these key paths."""
+        call, arrays = split((args, kwargs), self.floats)
+        labels, leaves = label_arguments(args, kwargs, self._params(args, kwargs), self.floats)
+        paths = iter(path for path, _ in leaves)
+        named = [next(paths) if label.params else None for label in labels]
+        merged = [new.get(n, x) if n else x for n, x in zip(named, arrays, strict=True)]
+        return call.merge(merged)
+
     def _params(self, args: tuple, kwargs: dict) -> tuple[int | str, ...]:
         """Which arguments of a call hold the parameters: positions, or names of keywords."""
         names = _positional_names(self.fn)
@@ -408,7 +420,8 @@ def _distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", None) or jnp.result_type(x))
+    shape = x.shape if is_qtensor(x) else jnp.shape(x)
+    return jax.ShapeDtypeStruct(shape, getattr(x, "dtype", None) or jnp.result_type(x))
 
 
 def name_of(fn: Callable) -> str:

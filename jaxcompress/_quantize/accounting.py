@@ -145,7 +145,8 @@ def _stored(
             left[path] = 0
     if quantizer is None:
         return before, before, ""
-    one = quantizer.nbytes(operand.shape, site.contracting(i))
+    table = quantizer.format.table_nbytes  # once, also of a stack
+    one = quantizer.nbytes(operand.shape, site.contracting(i)) - table
     remark = ""
     if quantizer.granularity.size and quantizer.scale_shape(operand.shape, site.contracting(i)) == (
         dataclasses.replace(quantizer, granularity="channel").scale_shape(
@@ -153,7 +154,7 @@ def _stored(
         )
     ):
         remark = f"{quantizer.granularity} does not fit: one scale per channel"
-    return before, one * take // max(size, 1), remark
+    return before, one * take // max(size, 1) + table, remark
 
 
 def _format(site: Site, setting: Sequence, role: str) -> str | None:

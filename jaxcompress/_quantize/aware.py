@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._core.patterns import matches, nearest
+from .._core.qtensor import is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
@@ -25,6 +26,7 @@ class QuantizeAware(Transform):
     recipe: Recipe
 
     kind = "quantize"
+    takes_packed = True
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Setting]:
         settings: dict[str, Setting] = {}
@@ -103,10 +105,10 @@ class QuantizeAware(Transform):
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
-    """The operands of a site rounded to their formats."""
+    """The operands of a site rounded to their formats; packed weights already are."""
     out = []
     for i, (value, quantizer) in enumerate(zip(operands, setting, strict=True)):
-        if quantizer is not None:
+        if quantizer is not None and not is_qtensor(value):
             axis = site.contracting(i)
             sync = site.operands[i].split_over(quantizer.shared_axes(value.shape, axis))
             value = quantizer.fake_quantize(value, axis, sync=sync)

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import formats
-from .._core.qtensor import Blocks, QTensor, Tiles
+from .._core.blocks import Blocks, Tiles
+from .._core.qtensor import QTensor
 from .._errors import FormatError, RecipeError
 from ..formats import Format
 from ..formats._base import check_floating, reject_nan
@@ -366,13 +367,14 @@ class Quantizer:
         """Returns the bytes that an array of that shape takes: `quantize(x, axis).nbytes`.
 
         Packed codes, scales (float32, or one byte where the format says so), zero points packed
-        like the codes, and four bytes for the second level of scales.
+        like the codes, four bytes for the second level of scales, and the table of a codebook that
+        is not a standard one.
         """
         fmt, scale_shape = self.format, self.scale_shape(shape, axis)
         codes = formats.packed_nbytes(tuple(shape), fmt.code_bits)
         zeros = 0 if self.symmetric else formats.packed_nbytes(scale_shape, fmt.code_bits)
         scale = fmt.scale_dtype.itemsize * math.prod(scale_shape)
-        return codes + scale + zeros + 4 * fmt.two_level
+        return codes + scale + zeros + 4 * fmt.two_level + fmt.table_nbytes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain data, for JSON; `from_dict` is the inverse.
@@ -443,9 +445,10 @@ def _quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...
     v, s, blocks = _scaled(x, quantizer, axis, ())
     codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding))
     codes = codes if blocks is None else blocks.merge(codes, x.shape)
+    g = None if s.global_scale is None else s.global_scale.reshape(())
     return QTensor.from_codes(
         codes, s.scale, s.zero_point,
-        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=s.global_scale,
+        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=g,
     )  # fmt: skip
 
 

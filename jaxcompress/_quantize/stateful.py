@@ -14,6 +14,7 @@ from jax import lax
 
 from .._core import _compat
 from .._core.patterns import nearest
+from .._core.qtensor import is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from .._errors import RecipeError, SiteError
@@ -112,7 +113,9 @@ class StatefulQuantizeAware(QuantizeAware):
     def apply(self, site, setting, bind, operands, learned, state):
         values, new = [], dict(state or {})
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):
-            if quantizer is not None and quantizer.special:
+            if is_qtensor(x):
+                pass  # a packed weight is on its grid
+            elif quantizer is not None and quantizer.special:
                 own = (learned or {}).get(slot)
                 x, range_ = _rounded(site, i, quantizer, x, own, new.get(slot))
                 new |= {} if range_ is None else {slot: range_}

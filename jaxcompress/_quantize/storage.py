@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._core import qlayout
+from .._core.qtensor import QTensor, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from . import recipes
 from .accounting import split_path
 from .aware import QuantizeAware
+from .quantizer import Quantizer
 from .recipe import Recipe
 
 
@@ -78,3 +81,98 @@ def compressed_weights(
         return out | {path: x for path, x in parameters.items() if path not in stored}
 
     return run
+
+
+def packed_params(
+    fn: Callable, recipe: str | Recipe, argnums: ArgNums = 0
+) -> Callable[..., tuple[tuple, dict]]:
+    """Packs parameters where they are, so that the quantized function can be called with them.
+
+    A parameter becomes a `QTensor` if the sites that read it read the whole of it, through
+    nothing but transposes, reshapes that keep groups whole, casts from float32 and scans over
+    stacked layers, and all in the same way. Any other stays as it is, and its sites go on rounding
+    it. `quantize_aware(fn, recipe)` then returns the same bits as with float parameters, unless
+    something that is no site reads a packed parameter too.
+
+    Returns:
+      A function of the arguments of `fn` that returns them, (args, kwargs), with QTensors.
+    """
+    inner = Transformed(fn, QuantizeAware(recipes.get(recipe)), argnums)
+
+    def run(*args, **kwargs) -> tuple[tuple, dict]:
+        traced = inner.trace(*args, **kwargs)
+        parameters = dict(inner.parameters(args, kwargs))
+        readings: dict[str, list[_Reading | None]] = {}
+        for site in traced.sites:
+            setting = traced.settings.get(site.name, (None,) * len(site.operands))
+            for i in site.weights:
+                operand, quantizer = site.operands[i], setting[i]
+                whole = quantizer is not None and operand.reads is not None
+                reading = None
+                if whole:
+                    reading = _Reading(quantizer, site.contracting(i), operand.reads, site.stack)
+                for path in split_path(operand.path, parameters):
+                    readings.setdefault(path, []).append(reading)
+        packed = {}
+        for path, known in readings.items():
+            if is_qtensor(parameters[path]) or any(r is None for r in known):
+                continue
+            kinds = [jax.eval_shape(r.pack, parameters[path]) for r in known if r is not None]
+            casts = {r.casts for r in known if r is not None}
+            first = kinds[0] if kinds else None
+            if first is not None and len(casts) == 1 and all(_alike(k, first) for k in kinds):
+                assert known[0] is not None
+                packed[path] = known[0].pack(parameters[path])
+        return inner.replace(packed, args, kwargs)
+
+    return run
+
+
+def _alike(a: Any, b: Any) -> bool:
+    shapes = [[x.shape for x in jax.tree.leaves(q)] for q in (a, b)]
+    return jax.tree.structure(a) == jax.tree.structure(b) and shapes[0] == shapes[1]
+
+
+class _Reading(NamedTuple):
+    """How a site reads a parameter: `reads` of its operand, inside scans of these lengths."""
+
+    quantizer: Quantizer
+    axis: tuple[int, ...]
+    reads: tuple[tuple[str, Any, int], ...]
+    stack: tuple[int, ...]
+
+    @property
+    def casts(self) -> tuple:
+        return tuple(arg for step, arg, _ in self.reads if step == "cast")
+
+    def pack(self, x: Any) -> QTensor | None:
+        """The parameter packed in its own layout; None if that cuts groups or rounds twice."""
+        undo: list[tuple[str, Any]] = []
+        for step, arg, lead in self.reads:
+            if step == "cast":
+                undo.append(("cast", x.dtype))
+                x = x.astype(arg)
+            elif step == "reshape":
+                undo.append(("reshape", x.shape))
+                x = x.reshape(*x.shape[:lead], *arg)
+            else:
+                order = (*range(lead), *(lead + a for a in arg))
+                undo.append(("transpose", tuple(order.index(a) for a in range(x.ndim))))
+                x = x.transpose(order)
+        quantize: Callable[[Any], QTensor] = lambda x: self.quantizer.quantize(x, self.axis)  # noqa: E731
+        for _ in self.stack:
+            quantize = jax.vmap(quantize)
+        return _undone(quantize(x), undo)
+
+
+def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | None:
+    for step, arg in reversed(steps):
+        if q is None:
+            return None
+        if step == "transpose":
+            q = qlayout.transpose(q, arg)
+        elif step == "reshape":
+            q = qlayout.reshape(q, arg)
+        else:  # to float32 only: codes * scale is rounded once, after the cast of the function
+            q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
+    return q

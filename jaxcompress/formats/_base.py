@@ -95,6 +95,11 @@ class Format(abc.ABC):
         """The dtype in which scales are stored."""
         return jnp.dtype(jnp.float32)
 
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of the numbers of the grid, where they have to be stored beside the codes."""
+        return 0
+
     def global_scale(self, absmax: jax.Array) -> jax.Array | None:
         """Returns the scale of the tensor, from its largest absolute value; None without one."""
         return None

@@ -38,6 +38,10 @@ class Codebook(Format):
     def top(self) -> float:
         return max(abs(self.min), abs(self.max))
 
+    @property
+    def table_nbytes(self) -> int:
+        return 0 if self.name == nf4.name else 4 * len(self.table)
+
     def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
         v = jnp.asarray(v)
         return lax.select(jnp.isnan(v), v, self.from_codes(self._position(v, rounding, key)))

@@ -447,6 +447,19 @@ def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 
         return inner.call({}, {}, args, kwargs)[0]
 
     try:
-        return functools.wraps(fn)(wrapped)
+        wrapped = functools.wraps(fn)(wrapped)
     except (AttributeError, TypeError):
-        return wrapped
+        pass
+    setattr(wrapped, _INNER, (inner, wrapped))  # wrappers of a wrapper copy its attributes
+    return wrapped
+
+
+_INNER = "_jaxcompress"
+
+
+def transformed_by(fn: Callable) -> Transformed | None:
+    """What `transformed_function` made `fn` of, also under `jax.jit`; None if it did not."""
+    if isinstance(fn, jax.stages.Wrapped):
+        fn = getattr(fn, "__wrapped__", fn)
+    inner, wrapped = getattr(fn, _INNER, (None, None))
+    return inner if wrapped is fn else None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._core import qlayout
+from .._core import qlayout, typed
 from .._core.qtensor import QTensor, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
@@ -19,6 +19,7 @@ from .accounting import split_path
 from .aware import QuantizeAware
 from .quantizer import Quantizer
 from .recipe import Recipe
+from .stateful import packed_in_range, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,13 @@ def packed_params(
     inner = Transformed(fn, QuantizeAware(recipes.get(recipe)), argnums)
 
     def run(*args, **kwargs) -> tuple[tuple, dict]:
+        held = typed.find((args, kwargs))
+        if held:
+            plain = pack(typed.only((args, kwargs)), typed.unwrap(args), typed.unwrap(kwargs))
+            return jax.tree.map(_put_back, (args, kwargs), plain, is_leaf=typed.is_typed)
+        return pack(None, args, kwargs)
+
+    def pack(held: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         traced = inner.trace(*args, **kwargs)
         parameters = dict(inner.parameters(args, kwargs))
         readings: dict[str, list[_Reading | None]] = {}
@@ -107,25 +115,50 @@ def packed_params(
             setting = traced.settings.get(site.name, (None,) * len(site.operands))
             for i in site.weights:
                 operand, quantizer = site.operands[i], setting[i]
-                whole = quantizer is not None and operand.reads is not None
                 reading = None
-                if whole:
-                    reading = _Reading(quantizer, site.contracting(i), operand.reads, site.stack)
+                if quantizer is not None and operand.reads is not None:
+                    stored = _stored(held, site, i, quantizer)
+                    if stored is not None:
+                        axis = site.contracting(i)
+                        reading = _Reading(quantizer, axis, operand.reads, site.stack, stored)
                 for path in split_path(operand.path, parameters):
                     readings.setdefault(path, []).append(reading)
         packed = {}
         for path, known in readings.items():
-            if is_qtensor(parameters[path]) or any(r is None for r in known):
-                continue
-            kinds = [jax.eval_shape(r.pack, parameters[path]) for r in known if r is not None]
-            casts = {r.casts for r in known if r is not None}
-            first = kinds[0] if kinds else None
-            if first is not None and len(casts) == 1 and all(_alike(k, first) for k in kinds):
-                assert known[0] is not None
-                packed[path] = known[0].pack(parameters[path])
+            x = parameters[path]
+            if not is_qtensor(x) and (reading := _agreed(known, x)) is not None:
+                packed[path] = reading.pack(x)
         return inner.replace(packed, args, kwargs)
 
     return run
+
+
+def _stored(held: Any, site: Site, i: int, quantizer: Quantizer) -> tuple[Any, Any] | None:
+    """(learned step, stored range) of an operand; None if it cannot be packed by them."""
+    if not quantizer.special:
+        return None, None
+    if held is None or quantizer.range not in ("learned", "static"):
+        return None
+    slot = slots(site)[i]
+    if quantizer.range == "learned":
+        return held.learned[site.name][slot], None
+    return None, held.statistics["ranges"][site.name][slot]
+
+
+def _agreed(known: Sequence[_Reading | None], x: Any) -> _Reading | None:
+    """How all sites read a parameter; None if they differ or it cannot be packed so."""
+    readings = [r for r in known if r is not None]
+    if len(readings) < len(known) or len({r.casts for r in readings}) > 1:
+        return None
+    if len(readings) > 1 and any(r.stored != (None, None) for r in readings):
+        return None  # each site has a range of its own
+    kinds = [jax.eval_shape(r.pack, x) for r in readings]
+    same = kinds[0] is not None and all(_alike(k, kinds[0]) for k in kinds)
+    return readings[0] if same else None
+
+
+def _put_back(before: Any, after: Any) -> Any:
+    return dataclasses.replace(before, weights=after) if typed.is_typed(before) else after
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -134,12 +167,16 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 class _Reading(NamedTuple):
-    """How a site reads a parameter: `reads` of its operand, inside scans of these lengths."""
+    """How a site reads a parameter: `reads` of its operand, inside scans of these lengths.
+
+    `stored` are a learned step and a stored range, stacked over the scans; or twice None.
+    """
 
     quantizer: Quantizer
     axis: tuple[int, ...]
     reads: tuple[tuple[str, Any, int], ...]
     stack: tuple[int, ...]
+    stored: tuple[Any, Any]
 
     @property
     def casts(self) -> tuple:
@@ -159,10 +196,15 @@ class _Reading(NamedTuple):
                 order = (*range(lead), *(lead + a for a in arg))
                 undo.append(("transpose", tuple(order.index(a) for a in range(x.ndim))))
                 x = x.transpose(order)
-        quantize: Callable[[Any], QTensor] = lambda x: self.quantizer.quantize(x, self.axis)  # noqa: E731
+
+        def quantize(x: Any, learned: Any, kept: Any) -> QTensor:
+            if learned is None and kept is None:
+                return self.quantizer.quantize(x, self.axis)
+            return packed_in_range(self.quantizer, x, self.axis, learned, kept)
+
         for _ in self.stack:
             quantize = jax.vmap(quantize)
-        return _undone(quantize(x), undo)
+        return _undone(quantize(x, *self.stored), undo)
 
 
 def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | None:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formats
-from .._core.qtensor import Blocks, QTensor, Tiles
+from .._core.blocks import Blocks, Tiles
+from .._core.qtensor import QTensor
 from .._errors import ArtifactError
 
+_STATIC = ("format", "dtype", "axis", "unused", "blocks")
 LEAVES = ("packed", "scale", "packed_zero_point", "global_scale")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A hostile file must not make `dequantize` fill up blocks that are far larger than the array.
@@ -22,7 +24,7 @@ _LARGEST_FILLING = 1024
 
 
 def to_data(q: QTensor, name: str) -> dict[str, Any]:
-    """Format, dtype, last axis and blocks.
+    """Format, dtype, packed axis, unused codes in a packed row, and blocks.
 
     Raises:
       ArtifactError: the QTensor cannot be read again from that; `name` says which it is.
@@ -30,12 +32,13 @@ def to_data(q: QTensor, name: str) -> dict[str, Any]:
     data = {
         "format": formats.to_data(q.format),
         "dtype": str(q.dtype),
-        "last": q.last,
+        "axis": q.axis,
+        "unused": q.unused,
         "blocks": None if q.blocks is None else dataclasses.asdict(q.blocks),
     }
     leaves = {field: getattr(q, field) for field in LEAVES}
     copy = from_data(json.loads(json.dumps(data)), leaves, name)
-    for field in ("format", "dtype", "last", "blocks"):
+    for field in _STATIC:
         if getattr(copy, field) != getattr(q, field):
             raise ArtifactError(f"`{name}` has the {field} {getattr(q, field)}: cannot be saved.")
     return data
@@ -47,7 +50,7 @@ def from_data(data: dict[str, Any], leaves: dict[str, Any], name: str) -> QTenso
     Raises:
       ArtifactError: data and arrays do not fit, or are none of a QTensor; `name` says which it is.
     """
-    if data.keys() != {"format", "dtype", "last", "blocks"} or data["dtype"] not in _DTYPES:
+    if data.keys() != set(_STATIC) or data["dtype"] not in _DTYPES:
         raise ArtifactError(f"The description of the QTensor `{name}` is damaged.")
     try:
         fmt = formats.get(data["format"])
@@ -58,7 +61,8 @@ def from_data(data: dict[str, Any], leaves: dict[str, Any], name: str) -> QTenso
         **{field: leaves[field] for field in LEAVES},
         format=fmt,
         dtype=jnp.dtype(data["dtype"]),
-        last=data["last"],
+        axis=data["axis"],
+        unused=data["unused"],
         blocks=blocks,
     )
     if problem := _problem(q):
@@ -69,12 +73,14 @@ def from_data(data: dict[str, Any], leaves: dict[str, Any], name: str) -> QTenso
 def _blocks(data: Any) -> Blocks | Tiles | None:
     if data is None:
         return None
+    if not isinstance(data, dict):
+        raise ValueError(f"blocks are {type(data).__name__}")
     if data.keys() == {"columns", "rows"}:
         columns, rows = (_blocks(data[part]) for part in ("columns", "rows"))
         if not isinstance(columns, Blocks) or not isinstance(rows, Blocks):
             raise ValueError("tiles are two cuts into blocks")
         return Tiles(columns, rows)
-    axis, size = data["axis"], data["size"]
+    axis, size = data.get("axis"), data.get("size")
     axes_are_numbers = type(axis) in (list, tuple) and all(type(a) is int for a in axis)
     if len(data) != 2 or not axes_are_numbers or type(size) is not int or size < 1:
         raise ValueError(f"blocks of {size!r} values along {axis!r}")
@@ -90,9 +96,12 @@ def _problem(q: QTensor) -> str | None:
             continue
         if not hasattr(a, "shape") or not hasattr(a, "dtype"):
             return f"{field} is no array"
-    if type(q.last) is not int or q.last < 0:
-        return f"its last axis is {q.last!r}"
-    if wrong := _codes_problem(q.packed, q.last, q):
+    ndim, axis, unused = len(q.packed.shape), q.axis, q.unused
+    if type(axis) is not int or not -ndim <= axis < 0:
+        return f"its packed axis is {axis!r}"
+    if type(unused) is not int or not 0 <= unused < max(8 // q.format.code_bits, 1):
+        return f"{unused!r} codes of a packed row are unused"
+    if wrong := _codes_problem(q.packed, axis, q.shape[axis], q):
         return f"packed {wrong}"
     shape = q.shape
     if q.blocks is not None:
@@ -115,7 +124,7 @@ def _problem(q: QTensor) -> str | None:
         return f"scale has the shape {scale.shape}, which does not go with {shape}"
     zero = q.packed_zero_point
     if zero is not None:
-        if not scale.shape or (wrong := _codes_problem(zero, scale.shape[-1], q)):
+        if not scale.shape or (wrong := _codes_problem(zero, -1, scale.shape[-1], q)):
             return f"packed_zero_point {wrong if scale.shape else 'goes with no scale'}"
         if zero.shape[:-1] != scale.shape[:-1]:
             return f"packed_zero_point has the shape {zero.shape}, scale {scale.shape}"
@@ -128,12 +137,12 @@ def _problem(q: QTensor) -> str | None:
     return None
 
 
-def _codes_problem(packed: Any, last: int, q: QTensor) -> str | None:
+def _codes_problem(packed: Any, axis: int, count: int, q: QTensor) -> str | None:
     bits = q.format.code_bits
     dtype = q.format.dtype if bits >= 8 else np.dtype(np.uint8)
-    length = last if bits >= 8 else -(-last * bits // 8)
-    if packed.dtype != dtype or not packed.shape or packed.shape[-1] != length:
-        return f"is {packed.dtype}{list(packed.shape)}, expected {dtype}[..., {length}]"
+    length = count if bits >= 8 else -(-count * bits // 8)
+    if packed.dtype != dtype or not packed.shape or packed.shape[axis] != length or count < 0:
+        return f"is {packed.dtype}{list(packed.shape)}, expected {dtype} and {length} along {axis}"
     return None
 
 

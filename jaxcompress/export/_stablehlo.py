@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,9 +23,8 @@ from typing import Any
 import jax
 import jax.export as jax_export
 
-from .._core.qtensor import QTensor, nbytes
+from .._core.qtensor import nbytes
 from .._errors import ArtifactError
-from .._quantize.accounting import Row
 from . import _sealed
 from ._artifact import (
     MANIFEST,
@@ -38,6 +38,7 @@ from ._artifact import (
     load,
 )
 from ._files import new_folder
+from ._packing import Packing
 from ._params import save_params
 from ._program import Program, flat
 from ._safetensors import read_header
@@ -94,7 +95,10 @@ def stablehlo(
         raise ArtifactError(f"platforms={platforms!r}: expected some of {', '.join(PLATFORMS)}.")
     check_replaceable(path)
     given = Program(fn, params, example_inputs)
-    program = given  # packed below
+    packing = Packing(fn)
+    program = given
+    if packing.recipe is not None:
+        program = Program(fn, packing.pack(params, example_inputs), example_inputs)
     inputs = _with_symbolic_batch(program.inputs) if symbolic_batch else program.inputs
     inputs = _avals(inputs)
     exported, out = _export(program.run, program, inputs, platforms)
@@ -102,15 +106,16 @@ def stablehlo(
     files = {PROGRAM: exported.serialize()}
     if names:
         files[SITES] = _export(program.run_sites, program, inputs, platforms)[0].serialize()
+    rows = packing.rows(program.named, params, example_inputs)
     manifest = {
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
         "platforms": list(platforms),
-        "recipe": None,
+        "recipe": None if packing.recipe is None else json.loads(packing.recipe.to_json()),
         "inputs": Signature.of(program.inputs_with(inputs)).to_data(),
         "outputs": Signature.of(out).to_data(),
         "sites": names,
-        "report": [dataclasses.asdict(row) for row in _rows(program.named)],
+        "report": [dataclasses.asdict(row) for row in rows],
         "name": getattr(fn, "__name__", type(fn).__name__),
     }
     try:
@@ -188,19 +193,6 @@ def _reference(program: Program, with_sites: bool, limit: int) -> dict[str, Any]
         seen = jax.jit(program.run_sites)(program.leaves, program.inputs)
         found |= {"sites": seen} if nbytes((found, seen)) <= limit else {}
     return found
-
-
-def _rows(named: dict[str, Any]) -> list[Row]:
-    """Every parameter with its format and bytes."""
-
-    def row(name: str, x: Any) -> Row:
-        packed = isinstance(x, QTensor)
-        fmt = x.format.name if packed else str(x.dtype)
-        before = x.size * x.dtype.itemsize
-        why = "" if packed else "stored as it was given"
-        return Row(name, "", x.shape, fmt, None, before, nbytes(x), None, why, "")
-
-    return [row(name, x) for name, x in named.items()]
 
 
 def _checksum(path: pathlib.Path, data: bytes | None) -> str:

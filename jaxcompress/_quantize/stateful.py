@@ -22,8 +22,9 @@ from .aware import QuantizeAware, Setting
 from .dorefa import dorefa_activation, dorefa_weight
 from .lsq import lsq
 from .pact import pact
-from .quantizer import STORED, Quantizer
+from .quantizer import Quantizer
 from .recipe import Recipe
+from .settings import STORED
 
 
 @jax.tree_util.register_dataclass

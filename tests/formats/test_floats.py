@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
+from onnx.numpy_helper import to_float8e8m0
+from onnx.reference import ReferenceEvaluator
 
 from jaxcompress import formats
 from jaxcompress._errors import FormatError
@@ -130,15 +133,28 @@ def test_e8m0():
     np.testing.assert_array_equal(fmt.round(jnp.array([3.9, 3.9]), "floor"), [2, 2])
 
 
+def test_e8m0_against_the_encoder_of_onnx():
+    """Every power of two and the float32 around 1, 1.25, 1.5 and 1.75 times it.
+
+    Subnormal numbers are left out: there its "nearest" goes up from 2^-127 on.
+    """
+    mantissas = np.float32([1, 1.25, 1.5, 1.75])
+    around = [np.nextafter(mantissas, np.float32(far)) for far in (1, 2)]
+    mantissas = np.concatenate([mantissas, *around]).astype(np.float64)
+    x = (np.exp2(np.arange(-126.0, 128.0))[:, None] * mantissas).ravel().astype(np.float32)
+    fmt = formats.float8_e8m0fnu
+    for rounding, mode in (("half_even", "nearest"), ("half_away", "nearest"), ("floor", "down")):
+        want = to_float8e8m0(x, round_mode=mode).view(np.uint8)
+        np.testing.assert_array_equal(bits(fmt.encode(x, rounding=rounding)), want)
+
+
 @pytest.mark.parametrize("name, enum", [
     ("int4", "INT4"), ("uint4", "UINT4"), ("int2", "INT2"), ("float4_e2m1fn", "FLOAT4E2M1"),
     ("float8_e4m3fn", "FLOAT8E4M3FN"), ("float8_e5m2", "FLOAT8E5M2"),
     ("float8_e4m3fnuz", "FLOAT8E4M3FNUZ"), ("float8_e5m2fnuz", "FLOAT8E5M2FNUZ"),
+    ("uint2", "UINT2"), ("float6_e2m3fn", "FLOAT6E2M3"), ("float6_e3m2fn", "FLOAT6E3M2"),
 ])  # fmt: skip
 def test_onnx_quantize_linear_agrees(name, enum):
-    onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-
     fmt = formats.get({"int4": "int4_full"}.get(name, name))
     kind = getattr(onnx.TensorProto, enum)
     make = onnx.helper.make_node
@@ -149,7 +165,7 @@ def test_onnx_quantize_linear_agrees(name, enum):
         [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xs"],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
     )  # fmt: skip
-    opset = 25 if "2" in enum and "INT2" in enum else 23
+    opset = 28 if "FLOAT6" in enum else 25 if "INT2" in enum else 23
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     x = boundaries(fmt.values())
     x = x[np.isfinite(x) & (np.abs(x) < 1e6)] * np.float32(0.5)

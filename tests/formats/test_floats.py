@@ -44,7 +44,8 @@ def boundaries(grid):
         [0.0, -0.0, np.inf, -np.inf, np.nan, 3e38, 1e-30, -1e-30, high * 1.5, -high * 2]
     )
     tiny = np.abs(points) < np.finfo(np.float32).smallest_normal  # XLA flushes subnormal numbers
-    return np.concatenate([np.where(tiny, 0, points), edges]).astype(np.float32)
+    points = np.concatenate([np.where(tiny, 0, points), edges]).astype(np.float32)
+    return np.pad(points, (0, -points.size % 1600))  # few shapes, to be compiled once
 
 
 def bits(a):
@@ -94,6 +95,22 @@ def test_gfloat_agrees(fmt):
     want = gfloat.round_ndarray(info, x.astype(np.float64), gfloat.RoundMode.TiesToEven, sat=True)
     np.testing.assert_array_equal(fmt.round(x), want)
     np.testing.assert_array_equal(fmt.decode(fmt.encode(x)), want)
+
+
+def test_gfloat_agrees_on_scales_and_mxint8():
+    codes = np.arange(256, dtype=np.uint8)
+    info = gfloat.formats.format_info_ocp_e8m0
+    want = np.float32([gfloat.decode_float(info, int(c)).fval for c in codes])
+    np.testing.assert_array_equal(
+        formats.float8_e8m0fnu.from_codes(codes.view(ml_dtypes.float8_e8m0fnu)), want
+    )
+    info, element = gfloat.formats.format_info_ocp_int8, formats.mxint8.element
+    want = np.float32([gfloat.decode_float(info, int(c)).fval for c in codes])
+    np.testing.assert_array_equal(element.decode(codes.view(np.int8)), want)
+    x = boundaries(element.values())
+    x = np.clip(x[~np.isnan(x)], element.min, element.max)  # we leave out -2
+    want = gfloat.round_ndarray(info, x.astype(np.float64), gfloat.RoundMode.TiesToEven, sat=True)
+    np.testing.assert_array_equal(formats.mxint8.round(x), want)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -207,7 +224,9 @@ def test_ieee_layout_is_that_of_ml_dtypes():
         formats.minifloat(4, 3, nan="ieee")
 
 
-@pytest.mark.parametrize("name", [*NAMED, "float16", "p3109_draft_p3"])
+@pytest.mark.parametrize("name", [
+    *NAMED, "float16", "bfloat16", "p3109_draft_p3", "int4", "uint8", "ternary", "nf4", "mxint8",
+])  # fmt: skip
 @pytest.mark.parametrize("rounding", ["half_away", "floor"])
 def test_other_roundings_by_brute_force(name, rounding):
     fmt = formats.get(name)

@@ -22,6 +22,13 @@ POWERS = (None, "ceil", "round", "floor")
 # Ranges that are stored between calls, and those that `state.py` and the learned rules compute.
 STORED = ("static", "ema", "learned", "pact")
 SPECIAL = (*STORED, "dorefa")
+# What stored and learned ranges do not look at, with its default.
+_FOUND_ONLY = {
+    "rounding": "half_even",
+    "convention": "max",
+    "power_of_two": None,
+    "range_value": None,
+}
 OBSERVERS = ("absmax", "minmax", "percentile", "mse", "kl")
 
 
@@ -101,6 +108,18 @@ def _check_choices(q: Quantizer) -> None:
 
 def _special(q: Quantizer, fmt: Format) -> dict[str, Any]:
     """Settings of a range that is stored or learned."""
+    _check_choices(q)
+    for name, default in _FOUND_ONLY.items():
+        if getattr(q, name) != default:
+            raise RecipeError(
+                f"{name}={getattr(q, name)!r} is for ranges that are found in each call: "
+                f"range={q.range!r} does not look at it. Leave it out."
+            )
+    if fmt.block is not None:
+        raise FormatError(
+            f"{fmt.name} finds the scales of its blocks in each call, so it cannot have "
+            f"range={q.range!r}. Use 'absmax'."
+        )
     fits = {
         "learned": isinstance(fmt, formats.Integer),
         "pact": isinstance(fmt, formats.Integer) and fmt.min == 0,

@@ -272,6 +272,15 @@ def test_bad_settings():
         Quantizer("nf4", convention="half")
     with pytest.raises(FormatError, match="needs a signed format"):
         Quantizer("uint4", convention="signed", range="absmax")
+    found_only = {"rounding": "floor", "convention": "half", "power_of_two": "ceil"}
+    for name, value in (found_only | {"range_value": 2.0}).items():
+        for rng in ("static", "learned"):
+            with pytest.raises(RecipeError, match=f"{name}=.*range='{rng}' does not look at it"):
+                Quantizer("int8", range=rng, **{name: value})
+    with pytest.raises(RecipeError, match="no rounding='up'"):
+        Quantizer("int8", range="static", rounding="up")
+    with pytest.raises(FormatError, match="mxfp4 finds the scales .* range='static'. Use 'absmax'"):
+        Quantizer("mxfp4", range="static")
     for bad in ("block:4", "block:x4", "block:0x4", "block"):
         with pytest.raises(RecipeError, match="a block has two"):
             Quantizer("int8", bad)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._core.patterns import matches, nearest
@@ -12,10 +12,33 @@ from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
 from . import recipes
+from .backward import fits, with_backward
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
 
-Setting = tuple[Quantizer | None, ...]  # one quantizer per operand, None: left in float
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is done at a site. A sequence of quantizers, one per operand; None: left in float.
+
+    Attributes:
+      operands: these quantizers.
+      gradient: the quantizer of what flows back, or None.
+    """
+
+    operands: tuple[Quantizer | None, ...]
+    gradient: Quantizer | None = None
+
+    def __iter__(self) -> Iterator[Quantizer | None]:
+        return iter(self.operands)
+
+    def __getitem__(self, i: int) -> Quantizer | None:
+        return self.operands[i]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done at all."""
+        return any(self.operands) or self.gradient is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +48,14 @@ class QuantizeAware(Transform):
     recipe: Recipe
 
     kind = "quantize"
+    keyword = "quantize_key"
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return any(r.gradient and r.gradient.rounding == "stochastic" for r in self.recipe.rules)
+
+    def draws(self, setting: Setting) -> bool:
+        return setting.gradient is not None and setting.gradient.rounding == "stochastic"
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Setting]:
         settings: dict[str, Setting] = {}
@@ -40,7 +71,7 @@ class QuantizeAware(Transform):
         for site in sites:
             if site.name in settings:
                 _fits(site, settings[site.name])
-        return {name: s for name, s in settings.items() if any(s)}
+        return {name: s for name, s in settings.items() if s.changes}
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
@@ -99,7 +130,14 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
-        return bind(*quantized(site, setting, operands)), None
+        return run(site, setting, bind, quantized(site, setting, operands), learned), None
+
+
+def run(site: Site, setting: Setting, bind: Any, operands: Sequence, learned: Any) -> Any:
+    """The operation on operands that are quantized; backward as the setting says."""
+    if setting.gradient is None:
+        return bind(*operands)
+    return with_backward(site, bind, operands, setting.gradient, (learned or {}).get("key"))
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
@@ -124,7 +162,7 @@ def setting_of(site: Site, rule: Rule) -> Setting:
             if quantizer.granularity.kind == "example":  # all but the batch, wherever it is
                 quantizer = dataclasses.replace(quantizer, granularity="token")
         out.append(quantizer)
-    return tuple(out)
+    return Setting(tuple(out), None if site.op == "gather" else rule.gradient)
 
 
 def why_not(site: Site, rule: Rule) -> str:
@@ -178,10 +216,11 @@ def _share(
     for site in sites:
         if site.name in settings:
             pairs = zip(site.operands, settings[site.name], strict=True)
-            out[site.name] = tuple(
+            operands = tuple(
                 tables.get(o.path, q) if o.role == "weight" and q is not None else q
                 for o, q in pairs
             )
+            out[site.name] = dataclasses.replace(settings[site.name], operands=operands)
     return out
 
 
@@ -191,7 +230,7 @@ def _agree(sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str,
     for site in sites:
         if site.opaque or not site.floating:
             continue
-        setting = settings.get(site.name, (None,) * len(site.operands))
+        setting = settings.get(site.name, Setting((None,) * len(site.operands)))
         for operand, quantizer in zip(site.operands, setting, strict=True):
             if operand.role != "weight" or len(site.weights) == 2:
                 continue
@@ -207,6 +246,8 @@ def _agree(sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str,
 
 
 def _fits(site: Site, setting: Setting) -> None:
+    if setting.gradient is not None:
+        fits(site, setting.gradient)
     for i, (operand, quantizer) in enumerate(zip(site.operands, setting, strict=True)):
         if quantizer is None:
             continue

@@ -109,8 +109,11 @@ class Traced(NamedTuple):
         sites, settings = self.plan.everything, self.settings
         transform.accept(sites, settings, learned, state)
         if key is not None:
-            drawing = [s for s in sites if transform.draws(settings[s.name])]
-            keys = {s.name: {**learned.get(s.name, {}), "key": _own_key(key, s)} for s in drawing}
+            keys = {
+                s.name: {**learned.get(s.name, {}), "key": _own_key(key, i, s.stack)}
+                for i, s in enumerate(sites)
+                if transform.draws(settings[s.name])
+            }
             learned = {**learned, **keys}
         runtime = Runtime(transform, settings, learned, dict(state))
         arrays = [*_present(key), *arrays]
@@ -122,10 +125,13 @@ def _present(key: Any) -> tuple:
     return () if key is None else (key,)
 
 
-def _own_key(key: Any, site: Site) -> Any:
-    """The key of a site; one for each layer of the scans over stacked layers around it."""
-    key = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
-    return jax.random.split(key, site.stack) if site.stack else key
+def _own_key(key: Any, i: int, stack: tuple[int, ...]) -> Any:
+    """The key of the i-th site; one for each layer of the scans over stacked layers around it.
+
+    Not by name: where a step holds its parameters is part of it.
+    """
+    key = jax.random.fold_in(key, i)
+    return jax.random.split(key, stack) if stack else key
 
 
 def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:

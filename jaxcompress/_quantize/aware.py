@@ -85,6 +85,7 @@ class QuantizeAware(Transform):
         for i, rule in enumerate(self.recipe.rules):
             if any(rule.leaves_alone or not why_not(s, rule) for s in decided[i]):
                 useful = True
+                _reject_unused(rule, decided[i])
             elif not rule.optional:
                 matched = [s for s in sites if rule.matches(s)]
                 self._unmatched(rule, decided[i] or matched, sites, parameters)
@@ -183,6 +184,8 @@ def why_not(site: Site, rule: Rule) -> str:
         )
     if not site.floating:
         return "operands are not real floating-point numbers"
+    if site.op == "gather" and rule.gradient and rule.weight is rule.activation is None:
+        return "a lookup has no backward matmul"
     constant = any(o.constant for o in site.operands)
     if not site.weights:
         if constant and reads_data:
@@ -265,8 +268,20 @@ def describe(quantizer: Quantizer | None) -> str:
     """`int4 per group:32`, `int8 per tensor, static`, or `float` for None."""
     if quantizer is None:
         return "float"
-    stored = f", {quantizer.range}" if quantizer.special else ""
-    return f"{quantizer.format.name} per {quantizer.granularity}{stored}"
+    remarks = [quantizer.range] * quantizer.special
+    remarks += ["stochastic"] * (quantizer.rounding == "stochastic")
+    return ", ".join([f"{quantizer.format.name} per {quantizer.granularity}", *remarks])
+
+
+def _reject_unused(rule: Rule, sites: Sequence[Site]) -> None:
+    """Raises where a rule has a gradient and decides lookups only, which have no use for it."""
+    sites = [s for s in sites if not why_not(s, rule)]
+    if rule.gradient is not None and all(s.op == "gather" for s in sites):
+        raise RecipeError(
+            f"rule {rule.pattern!r} has gradient={rule.gradient.format.name!r}, and all that it "
+            f"decides are lookups in a table ({_listed(sites)}), which have no backward matmul: "
+            "rows of the gradient are added up. Leave gradient= out of it."
+        )
 
 
 def _listed(sites: Sequence[Site]) -> str:
@@ -291,6 +306,12 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     `range="static"` in place of `"ema"` reads the same statistics and does not follow. Outside
     of what it differentiates a step with `QuantParams` is left alone.
 
+    A rule with `gradient=` also computes the two backward products of its sites in few bits. Such
+    a site is differentiable in reverse mode only: forward mode (`jax.jvp`, `jax.jacfwd`) raises
+    JAX's error about a `custom_vjp`, and works where no rule has a gradient. If one is rounded
+    with `rounding="stochastic"`, the result takes the extra keyword `quantize_key=`, a random key
+    that should be new at every step; it is needed where something is differentiated.
+
     Steps that change Flax NNX objects in place work too: what they differentiate is transformed.
 
     Args:
@@ -299,11 +320,12 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
       argnums: position (or name) of the argument that holds the parameters, or several.
 
     Returns:
-      A function with the signature of `fn`.
+      A function with the signature of `fn`, and `quantize_key=` if gradients are rounded at random.
 
     Raises:
       RecipeError: unknown recipe, or (when called) a rule that matches nothing, two rules that
-        disagree on one array, or a recipe with stored ranges around plain parameters.
+        disagree on one array, a recipe with stored ranges around plain parameters, or
+        `quantize_key` missing or given for nothing.
       SiteError: a matched operation cannot be handled; a group that does not divide.
 
     >>> import jax, jax.numpy as jnp

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized backward passes: both products that carry a gradient through a site in few bits.
 
-    y  = op(x, w)                forward as it is, on what the forward formats made of x and w
-    dx = op^T(q1(dy), q(w))      sums over the outputs of w:    q1(dy), q(w) have scales along them
-    dw = op^T(q2(dy), q(x))      sums over the rows of the batch: q2(dy), q(x) have scales along them
+    y  = op(x, w)              forward as it is, on what the forward formats made of x and w
+    dx = op^T(q1(dy), q(w))    sums over the outputs of w: all of them share a scale in q1 and q
+    dw = op^T(q2(dy), q(x))    sums over the rows of x: all of them share a scale in q2 and q
 
 Values that one result sums over share a scale, so that each product could run in the format and
 be scaled afterwards. dy is therefore rounded twice, and x and w are rounded anew: the scales of

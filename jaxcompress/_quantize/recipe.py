@@ -87,7 +87,7 @@ class Rule:
                 value = checked(value, self.pattern)
             elif value.rounding == "stochastic":
                 raise RecipeError(
-                    f'{field} of rule {self.pattern!r}: only gradient= takes rounding="stochastic". '
+                    f"{field} of rule {self.pattern!r}: only a gradient may be rounded at random. "
                     'Use rounding="half_even".'
                 )
             if self.indivisible is not None:

@@ -26,7 +26,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after", "SNR dB",
     "left alone because",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal
@@ -141,26 +141,37 @@ def _call_block(block: fold.Block, env: dict, plan: Plan, jaxpr: Any, runtime: R
     )
 
 
+class Operation(NamedTuple):
+    """The operation of a site, as a function of the operands that matter.
+
+    Attributes:
+      eqn: its equation.
+      rest: operands that do not matter (group sizes, indices).
+    """
+
+    eqn: Any
+    rest: tuple
+
+    def __call__(self, *operands: Any, **changed: Any) -> Any:
+        primitive, params = self.eqn.primitive, {**self.eqn.params, **changed}
+
+        def run(values: list) -> list:
+            out = primitive.bind(*values, **params)
+            return list(out) if primitive.multiple_results else [out]
+
+        outs = qlayout.bind(self.eqn, [*operands, *self.rest], run, params)
+        return outs if primitive.multiple_results else outs[0]
+
+
 def _apply(site: Site, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
     count = len(site.operands)
     for i, operand in enumerate(site.operands):
         if not (runtime.transform.takes_packed and operand.role == "weight"):
             values[i] = dequantized(values[i])
-
-    def bind(*operands: Any, **changed: Any) -> Any:
-        params = {**eqn.params, **changed}
-
-        def run(values: list) -> list:
-            out = eqn.primitive.bind(*values, **params)
-            return list(out) if eqn.primitive.multiple_results else [out]
-
-        outs = qlayout.bind(eqn, [*operands, *values[count:]], run, params)
-        return outs if eqn.primitive.multiple_results else outs[0]
-
     out, new = runtime.transform.apply(
         site,
         runtime.settings[site.name],
-        bind,
+        Operation(eqn, tuple(values[count:])),
         values[:count],
         runtime.learned.get(site.name),
         runtime.state.get(site.name),

@@ -271,16 +271,16 @@ def _dynamic_slice(q: QTensor, *starts: Any, slice_sizes: Sequence[int]) -> QTen
 
 def _block(q: QTensor, axis: int, i: Any, size: int) -> QTensor | None:
     """Block `i` of `size` along an axis, in whole bytes where that is the packed one; or None."""
-    p, bits = _open(q), q.format.code_bits
+    p, (codes, taken) = _open(q), q.format.unit
     if p is None or p.cut_by(axis) is not None:
         return None
     start = lambda n: lambda x, c: lax.dynamic_slice_in_dim(x, i * n, n, c)  # noqa: E731
-    if axis != p.axis or bits >= 8:
+    if axis != p.axis or q.format.code_bits >= 8:
         p.along(axis, start(size), size)
         return p.build()
-    if size * bits % 8:
+    if size % codes:
         return None
-    packed = start(size * bits // 8)(p.packed, axis)
+    packed = start(size // codes * taken)(p.packed, axis)
     p.codes = p.packed  # stands for them: only the scales are cut here
     p.along(axis, start(size), size)
     p.codes, p.packed = None, packed
@@ -518,8 +518,8 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
         return math.prod(sizes.get(n, 1) for n in names if isinstance(n, str))
 
     levels, axis = levels_of(q.blocks, ndim), q.axis % ndim
-    n, bits = parts(entries[axis]), q.format.code_bits
-    if n > 1 and bits < 8 and (q.shape[axis] % n or q.shape[axis] // n * bits % 8):
+    n, (codes, _) = parts(entries[axis]), q.format.unit
+    if n > 1 and q.shape[axis] % (n * codes):
         return None
     labels = view(levels, ndim)
     rank = len(q.scale.shape)
@@ -540,7 +540,7 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
             scale.append(split[0])
     zero = q.packed_zero_point
     if zero is not None and scale and parts(scale[-1]) > 1:
-        if q.scale.shape[-1] // parts(scale[-1]) * bits % 8:
+        if q.scale.shape[-1] // parts(scale[-1]) % codes:
             return None
     g = q.global_scale
     return QTensor(

@@ -279,22 +279,21 @@ def _bits(leaf: Any) -> int:
 
 def _row(count: int, fmt: Format) -> int:
     """How many codes so many bytes (codes, from 8 bits up) of a packed row have room for."""
-    return count if fmt.code_bits >= 8 else count * 8 // fmt.code_bits
+    codes, taken = fmt.unit
+    return count * codes // taken
 
 
 def pack_along(codes: jax.Array, fmt: Format, axis: int) -> jax.Array:
     """Codes packed along an axis; unpacked from 8 bits up."""
     if fmt.code_bits >= 8:
         return codes
-    rows = formats.pack(jnp.moveaxis(codes, axis, -1), fmt.code_bits)
-    return jnp.moveaxis(rows, -1, axis)
+    return jnp.moveaxis(fmt.pack(jnp.moveaxis(codes, axis, -1)), -1, axis)
 
 
 def _unpack(packed: jax.Array, fmt: Format, size: int, axis: int) -> jax.Array:
     if fmt.code_bits >= 8:
         return packed
-    rows = formats.unpack(jnp.moveaxis(packed, axis, -1), fmt.code_bits, size, fmt.dtype)
-    return jnp.moveaxis(rows, -1, axis)
+    return jnp.moveaxis(fmt.unpack(jnp.moveaxis(packed, axis, -1), size), -1, axis)
 
 
 # `jax.export` stores what is static of a QTensor as JSON; nothing is ever unpickled.

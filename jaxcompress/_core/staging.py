@@ -107,16 +107,20 @@ class Staged(NamedTuple):
     rebuild: Callable[[Sequence], Any]
 
 
-def stage(fn: Callable, call: Call, arrays: Sequence) -> Staged:
-    """Traces `fn(*args, **kwargs)` to a jaxpr over the arrays of `call`; a QTensor is one array."""
+def stage(fn: Callable, call: Call, arrays: Sequence, leading: Sequence = ()) -> Staged:
+    """Traces `fn(*leading, *args, **kwargs)` to a jaxpr over `leading` and the arrays of `call`.
+
+    A QTensor is one array.
+    """
     made: list[Call] = []
 
-    def flat(*arrays):
+    def flat(leading, *arrays):
         args, kwargs = call.merge(arrays)
-        out, results = split(fn(*args, **kwargs), whole=False)
+        out, results = split(fn(*leading, *args, **kwargs), whole=False)
         made[:] = [out]
         return results
 
-    closed = jax.make_jaxpr(flat)(*[abstract(x) if is_qtensor(x) else x for x in arrays])
+    whole = [abstract(x) if is_qtensor(x) else x for x in arrays]
+    closed = jax.make_jaxpr(flat)(tuple(leading), *whole)
     jaxpr, consts = _compat.open_jaxpr(closed)
     return Staged(jaxpr, consts, made[0].merge)

@@ -53,9 +53,7 @@ def lsq(v: jax.Array, s: jax.Array, qn: float, qp: float, numel: int) -> jax.Arr
     return codes * jnp.broadcast_to(s, v.shape)
 
 
-def lsq_codes(
-    v: jax.Array, s: jax.Array, qn: float, qp: float
-) -> tuple[jax.Array, jax.Array]:
+def lsq_codes(v: jax.Array, s: jax.Array, qn: float, qp: float) -> tuple[jax.Array, jax.Array]:
     """(whole numbers of steps as float32, the step as it is used)."""
     s = jnp.maximum(s, _SMALLEST)
     return jnp.round(jnp.clip(v / jnp.broadcast_to(s, v.shape), -qn, qp)), s

@@ -22,8 +22,11 @@ from .aware import QuantizeAware
 from .noise import Noise, decibels
 from .recipe import Recipe
 
+_COLUMNS: tuple[str, ...] = (
+    "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after", "SNR dB",
+    "left alone because",
+)  # fmt: skip
 _NUMBERS = ("bytes before", "after", "SNR dB")
-_COLUMNS = ("site", "op", "shape", "weight", "activation", *_NUMBERS, "left alone because")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,29 +68,31 @@ class Report(Tabular):
 
     @property
     def columns(self) -> list[tuple[str, bool]]:
-        """(heading, whether it holds numbers) of each column."""
-        return [(c, c in _NUMBERS) for c in _COLUMNS]
+        """(heading, whether it holds numbers); that of gradients only if a rule has one."""
+        shown = any(row.gradient for row in self.rows)
+        return [(c, c in _NUMBERS) for c in _COLUMNS if shown or c != "gradient"]
 
     @property
     def cells(self) -> list[list[str]]:
         """The rows as text."""
-        return [_cells(row) for row in self.rows]
+        rows = (dict(zip(_COLUMNS, _texts(row), strict=True)) for row in self.rows)
+        return [[row[heading] for heading, _ in self.columns] for row in rows]
 
 
-def _cells(row: Row) -> list[str]:
-    snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-    shape = "x".join(map(str, row.shape))
-    sizes = [f"{row.bytes_before:,}", f"{row.bytes_after:,}"]
-    return [
+def _texts(row: Row) -> tuple[str, ...]:
+    """One text for each of the columns."""
+    return (
         row.site,
         row.op,
-        shape,
+        "x".join(map(str, row.shape)),
         row.weight or "",
         row.activation or "",
-        *sizes,
-        snr,
+        row.gradient or "",
+        f"{row.bytes_before:,}",
+        f"{row.bytes_after:,}",
+        "" if row.snr_db is None else f"{row.snr_db:.1f}",
         row.reason,
-    ]
+    )
 
 
 def report(

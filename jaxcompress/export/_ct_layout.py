@@ -3,8 +3,8 @@
 
 A kernel [in, out] of ours is `weight` [out, in] there, so everything is transposed:
 
-    pack-quantized         weight_packed int32[out, in b / 32]: codes + 2^(b-1), low bits first, rows
-                           filled up; weight_scale[out, groups]; weight_shape;
+    pack-quantized         weight_packed int32[out, in b / 32]: codes + 2^(b-1), low bits first,
+                           rows filled up; weight_scale[out, groups]; weight_shape;
                            weight_zero_point int32[out b / 32, groups], packed along out
     int-, float-quantized  weight int8 or float8_e4m3fn[out, in]; weight_scale[out, groups], [1] or
                            [out / r, in / c]; weight_zero_point
@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formats
-from .._core.qtensor import Blocks, QTensor, Tiles
+from .._core.blocks import Blocks, Tiles
+from .._core.qtensor import QTensor
 from .._errors import ArtifactError
 from . import _bits
 
@@ -70,7 +71,7 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
         )
     fmt, scale = q.format, np.asarray(q.scale)
     strategy, settings, scale = _scales_out(q, scale, name)
-    codes = _codes(q.packed, fmt, q.last)
+    codes = _codes(q.packed, fmt, q.shape[-1]) if q.axis == -1 else np.asarray(q.codes)
     out: dict[str, np.ndarray] = {}
     if isinstance(fmt, formats.Integer | formats.Ternary):
         bits = fmt.code_bits
@@ -92,8 +93,8 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
             if strategy == "block":
                 raise _unfit(name, f"{fmt.name} in two-dimensional blocks")
             if strategy == "tensor":
-                strategy, scale = "channel", np.full((q.last, 1), scale[0])
-                zero = None if zero is None else np.full((q.last, 1), zero[0])
+                strategy, scale = "channel", np.full((q.shape[-1], 1), scale[0])
+                zero = None if zero is None else np.full((q.shape[-1], 1), zero[0])
             scheme = Scheme("pack-quantized", bits, "int", zero is None, strategy, **settings)
             out["weight_packed"] = _words(codes, bits)
             out["weight_shape"] = np.array(codes.shape, np.int64)
@@ -202,7 +203,9 @@ def decode(
     packed = jnp.asarray(_pack(np.ascontiguousarray(codes.T), fmt))
     dtype = jnp.dtype(dtype or jnp.bfloat16)
     scale = jnp.asarray(scale)
-    return QTensor(packed, scale, zero, fmt, dtype, codes.shape[0], blocks, top)
+    room, taken = fmt.unit
+    unused = packed.shape[-1] * room // taken - codes.shape[0]
+    return QTensor(packed, scale, zero, fmt, dtype, unused, blocks, global_scale=top)
 
 
 def _scales_out(q: QTensor, scale: np.ndarray, name: str) -> tuple[str, dict[str, Any], np.ndarray]:

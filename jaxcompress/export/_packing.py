@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .._core import typed
 from .._core.qtensor import QTensor, nbytes
@@ -49,7 +50,8 @@ class Packing:
         if self.inner is not None and self.recipe is not None:
             args = typed.unwrap(params), *inputs
             reasons = {
-                row.site: row.reason or "rounded when the program runs: sites read a part of it, "
+                row.site: row.reason
+                or "rounded when the program runs: sites read a part of it, "
                 "or what is computed from it"
                 for row in report(self.inner.fn, self.recipe)(*_abstract(args)).rows
             }
@@ -59,11 +61,12 @@ class Packing:
             fmt = x.format.name if packed else str(x.dtype)
             why = reasons.get(name.removeprefix("weights/"), "stored as it was given")
             before = x.size * x.dtype.itemsize
-            return Row(name, "", x.shape, fmt, None, before, nbytes(x), None, "" if packed else why, "")
+            why = "" if packed else why
+            return Row(name, "", x.shape, fmt, None, before, nbytes(x), None, why, "")
 
         return [row(name, x) for name, x in named.items()]
 
 
 def _abstract(tree: Any) -> Any:
     call, arrays = split(tree)
-    return call.merge([jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x)) for x in arrays])
+    return call.merge([jax.eval_shape(jnp.asarray, x) for x in arrays])

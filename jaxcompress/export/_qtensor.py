@@ -99,7 +99,7 @@ def _problem(q: QTensor) -> str | None:
     ndim, axis, unused = len(q.packed.shape), q.axis, q.unused
     if type(axis) is not int or not -ndim <= axis < 0:
         return f"its packed axis is {axis!r}"
-    if type(unused) is not int or not 0 <= unused < max(8 // q.format.code_bits, 1):
+    if type(unused) is not int or not 0 <= unused < q.format.unit[0]:
         return f"{unused!r} codes of a packed row are unused"
     if wrong := _codes_problem(q.packed, axis, q.shape[axis], q):
         return f"packed {wrong}"
@@ -138,9 +138,8 @@ def _problem(q: QTensor) -> str | None:
 
 
 def _codes_problem(packed: Any, axis: int, count: int, q: QTensor) -> str | None:
-    bits = q.format.code_bits
-    dtype = q.format.dtype if bits >= 8 else np.dtype(np.uint8)
-    length = count if bits >= 8 else -(-count * bits // 8)
+    dtype = q.format.dtype if q.format.code_bits >= 8 else np.dtype(np.uint8)
+    length = q.format.packed_nbytes((count,)) // dtype.itemsize
     if packed.dtype != dtype or not packed.shape or packed.shape[axis] != length or count < 0:
         return f"is {packed.dtype}{list(packed.shape)}, expected {dtype} and {length} along {axis}"
     return None

@@ -58,7 +58,8 @@ class _Parts:
     def build(self) -> QTensor:
         ndim, fmt, scale = len(self.shape), self.q.format, self.scales[0]
         zero = self.scales[1] if len(self.scales) > 1 else None
-        blocks, axis = from_levels(self.levels, ndim), self.axis - ndim
+        blocks = from_levels(self.levels, ndim)
+        axis = self.axis - ndim if fmt.code_bits < 8 else -1
         if self.codes is not None:
             return QTensor.from_codes(
                 self.codes, scale, zero,
@@ -108,6 +109,8 @@ def _open(q: QTensor) -> _Parts | None:
     """A QTensor taken apart; None where its scales are laid out as no `Quantizer` does it."""
     ndim, zero, g = q.ndim, q.zero_point, q.global_scale
     levels = levels_of(q.blocks, ndim)
+    if g is not None and g.size == 1:
+        g = g.reshape(())
     rank = len(view(levels, ndim))
     scales = [q.scale] if zero is None else [q.scale, zero]
     scales = [s.reshape((1,) * (rank - s.ndim) + s.shape) for s in scales]
@@ -122,7 +125,7 @@ def _open(q: QTensor) -> _Parts | None:
 # ---------------------------------------------------------------------- one rule a primitive
 
 
-def _transpose(q: QTensor, permutation: Sequence[int]) -> QTensor | None:
+def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor | None:
     p = _open(q)
     fixed = 0 if q.global_scale is None else q.global_scale.ndim
     if p is None or tuple(permutation[:fixed]) != tuple(range(fixed)):
@@ -152,7 +155,7 @@ def _factor(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...
     return groups
 
 
-def _reshape(q: QTensor, sizes: Sequence[int]) -> QTensor | None:
+def reshape(q: QTensor, sizes: Sequence[int]) -> QTensor | None:
     new = tuple(sizes)
     if q.shape == new:
         return q
@@ -330,18 +333,17 @@ def _gather(q: QTensor, indices: Any, **params: Any) -> QTensor | None:
         )  # fmt: skip
 
     place = p.labels.index(a)
-    scale = p.scales[0]
-    if fill:  # what is out of bounds is NaN, which scales can say
-        scale = jnp.broadcast_to(
-            scale, (*scale.shape[:place], q.shape[a], *scale.shape[place + 1 :])
-        )
-    nan = 255 if scale.dtype == jnp.uint8 else None  # E8M0
-    scales = [rows(s, place, v) if s.shape[place] > 1 or q.shape[a] == 1 else
-              s.reshape(*s.shape[:place], *[1] * len(batch), *s.shape[place + 1 :])
-              for s, v in zip((scale, *p.scales[1:]), (nan, 0))]  # fmt: skip
+    nan = 255 if q.scale.dtype == jnp.uint8 else None  # E8M0 and floats have a NaN
+    for k, (s, out_of_bounds) in enumerate(zip(list(p.scales), (nan, 0), strict=False)):
+        before, after = s.shape[:place], s.shape[place + 1 :]
+        if fill:  # what is out of bounds is NaN, which scales can say
+            s = jnp.broadcast_to(s, (*before, q.shape[a], *after))
+        if fill or s.shape[place] == q.shape[a]:
+            p.scales[k] = rows(s, place, out_of_bounds)
+        else:
+            p.scales[k] = s.reshape(*before, *[1] * len(batch), *after)
     new = {i: i if i < a else i + len(batch) - 1 for i in range(q.ndim) if i != a}
-    levels = [(tuple(new[i] for i in axes), n) for axes, n in p.levels]
-    p.scales, p.levels = scales, levels
+    p.levels = [(tuple(new[i] for i in axes), n) for axes, n in p.levels]
     p.shape = (*p.shape[:a], *batch, *p.shape[a + 1 :])
     if a == p.axis and q.format.code_bits < 8:
         p.codes, p.axis = rows(q.codes, a, 0), len(p.shape) - 1
@@ -409,7 +411,7 @@ def _broadcast(q: QTensor, shape: Sequence[int], broadcast_dimensions: Sequence[
     """Only new axes of size 1."""
     if math.prod(shape) != q.size or list(broadcast_dimensions) != sorted(broadcast_dimensions):
         return None
-    return _reshape(q, shape)
+    return reshape(q, shape)
 
 
 def _split(q: QTensor, sizes: Sequence[int], axis: int) -> list[QTensor] | None:
@@ -423,9 +425,9 @@ def _split(q: QTensor, sizes: Sequence[int], axis: int) -> list[QTensor] | None:
 
 
 _RULES: dict[str, Callable] = {
-    "transpose": lambda q, permutation: _transpose(q, permutation),
-    "reshape": lambda q, new_sizes, **_: _reshape(q, new_sizes),
-    "squeeze": lambda q, dimensions: _reshape(
+    "transpose": lambda q, permutation: transpose(q, permutation),
+    "reshape": lambda q, new_sizes, **_: reshape(q, new_sizes),
+    "squeeze": lambda q, dimensions: reshape(
         q, [n for i, n in enumerate(q.shape) if i not in {d % q.ndim for d in dimensions}]
     ),
     "broadcast_in_dim": lambda q, *rest, shape, broadcast_dimensions, **_: _broadcast(
@@ -500,6 +502,14 @@ def constrain(q: QTensor, sharding: Any) -> QTensor | None:
         return None
     put = lambda x, s: lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, s))  # noqa: E731
     return jax.tree.map(put, q, specs)
+
+
+def packed_along_last(q: QTensor) -> QTensor:
+    """The same, packed along its last axis."""
+    return q if q.axis == -1 else QTensor.from_codes(
+        q.codes, q.scale, q.zero_point,
+        format=q.format, dtype=q.dtype, blocks=q.blocks, global_scale=q.global_scale,
+    )  # fmt: skip
 
 
 def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor | None:

@@ -175,4 +175,4 @@ def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | No
             q = qlayout.reshape(q, arg)
         else:  # to float32 only: codes * scale is rounded once, after the cast of the function
             q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
-    return q
+    return None if q is None else qlayout.packed_along_last(q)

@@ -218,7 +218,9 @@ class _Reshape:
             if shared == {False}:
                 self.kept[news[0] : news[-1] + 1] = [new[b] for b in news]
             return len(shared) == 1
-        axes, size = p.levels[p.cut_by(cut[0])]
+        k = p.cut_by(cut[0])
+        assert k is not None
+        axes, size = p.levels[k]
         inner = tuple(a for a in axes if a in olds)
         at, count = axes.index(inner[0]), len(inner)
         if len(cut) != count or inner != olds[-count:] or axes[at : at + count] != inner:
@@ -361,15 +363,15 @@ def _is_nan(fill_value: Any) -> bool:
 def _concatenate(*operands: Any, dimension: int) -> QTensor | None:
     if not all(map(is_qtensor, operands)):
         return None
-    opened = [_open(q) for q in operands]
-    first, a = operands[0], dimension
-    p = opened[0]
-    kinds = {(q.format, q.dtype, q.blocks, q.axis, len(o.scales)) for q, o in zip(operands, opened)
-             if o is not None}  # fmt: skip
-    if len(kinds) != 1 or p is None or any(o is None for o in opened):
+    opened = [p for p in map(_open, operands) if p is not None]
+    kinds = {(q.format, q.dtype, q.blocks, q.axis, q.zero_point is None) for q in operands}
+    if len(opened) < len(operands) or len(kinds) > 1:
         return None
-    leading = 0 if p.g is None else p.g.ndim
-    if p.g is not None and (a >= leading or any(o.g.ndim != leading for o in opened)):
+    p, a = opened[0], dimension
+    global_scales = [o.g for o in opened if o.g is not None]
+    if global_scales and (
+        len(global_scales) < len(opened) or any(g.ndim <= a for g in global_scales)
+    ):
         return None
     size, place = p.group(a), p.labels.index(a) if p.cut_by(a) is None else None
     if place is None:
@@ -390,13 +392,13 @@ def _concatenate(*operands: Any, dimension: int) -> QTensor | None:
         lax.concatenate([jnp.broadcast_to(s, n) for s, n in zip(kind, shapes, strict=True)], place)
         for kind in zip(*(o.scales for o in opened), strict=True)
     ]
-    if a == p.axis and first.format.code_bits < 8:
+    if a == p.axis and p.q.format.code_bits < 8:
         p.codes = lax.concatenate([q.codes for q in operands], a)
     else:
         p.packed = lax.concatenate([q.packed for q in operands], a)
     p.shape = (*p.shape[:a], sum(q.shape[a] for q in operands), *p.shape[a + 1 :])
-    if p.g is not None:
-        p.g = lax.concatenate([o.g for o in opened], a)
+    if global_scales:
+        p.g = lax.concatenate(global_scales, a)
     return p.build()
 
 
@@ -462,7 +464,8 @@ def bind(
     """
     if not any(map(is_qtensor, values)):
         return run(list(values))
-    name, params = eqn.primitive.name, params or eqn.params
+    name = eqn.primitive.name
+    given: dict[str, Any] = eqn.params if params is None else params
     if name in _EACH:
         flat, tree = jax.tree.flatten(list(values))
         if name == "optimization_barrier":
@@ -470,9 +473,9 @@ def bind(
         return jax.tree.unflatten(tree, [run([x])[0] for x in flat])
     out = None
     if name in _RULES and is_qtensor(values[0]):
-        out = _RULES[name](*values, **params)
+        out = _RULES[name](*values, **given)
     elif name == "dot_general":
-        out = qdot.dot_general(*values, run=run, part=_block, **params)
+        out = qdot.dot_general(*values, run=run, part=_block, **given)
     if out is None:
         return run([dequantized(v) for v in values])
     return out if isinstance(out, list) else [out]
@@ -521,7 +524,7 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
         sizes: of the mesh axes.
     """
     ndim = q.ndim
-    entries = [*spec, *[None] * (ndim - len(spec))]
+    entries: list[Any] = [*spec, *[None] * (ndim - len(spec))]
 
     def parts(entry: Any) -> int:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
@@ -544,7 +547,7 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
         split = [entries[a] for a in axes if parts(entries[a]) > 1]
         if x[0] == "inside" or not split:
             scale.append(None)
-        elif len(axes) > 1 or q.shape[axes[0]] % (group * parts(split[0])):
+        elif len(axes) != 1 or q.shape[axes[0]] % (group * parts(split[0])):
             return None
         else:
             scale.append(split[0])

@@ -107,21 +107,19 @@ def packed_params(
             setting = traced.settings.get(site.name, (None,) * len(site.operands))
             for i in site.weights:
                 operand, quantizer = site.operands[i], setting[i]
-                whole = quantizer is not None and operand.reads is not None
                 reading = None
-                if whole:
+                if quantizer is not None and operand.reads is not None:
                     reading = _Reading(quantizer, site.contracting(i), operand.reads, site.stack)
                 for path in split_path(operand.path, parameters):
                     readings.setdefault(path, []).append(reading)
         packed = {}
-        for path, known in readings.items():
-            if is_qtensor(parameters[path]) or any(r is None for r in known):
+        for path, found in readings.items():
+            known = [r for r in found if r is not None]
+            if is_qtensor(parameters[path]) or len(known) < len(found):
                 continue
-            kinds = [jax.eval_shape(r.pack, parameters[path]) for r in known if r is not None]
-            casts = {r.casts for r in known if r is not None}
-            first = kinds[0] if kinds else None
-            if first is not None and len(casts) == 1 and all(_alike(k, first) for k in kinds):
-                assert known[0] is not None
+            kinds = [jax.eval_shape(r.pack, parameters[path]) for r in known]
+            alike = all(k is not None and _alike(k, kinds[0]) for k in kinds)
+            if alike and len({(r.quantizer, r.casts) for r in known}) == 1:
                 packed[path] = known[0].pack(parameters[path])
         return inner.replace(packed, args, kwargs)
 

@@ -7,6 +7,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding
@@ -183,7 +184,6 @@ def test_a_part_of_a_byte_or_group_cannot_be_split_off():
 
 
 def test_orbax_restores_bit_for_bit(tmp_path):
-    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is an optional package")
     tree = {fmt: quantized(fmt) for fmt in FORMATS} | {"bias": normal(3)}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "saved", tree)
@@ -377,3 +377,16 @@ def test_a_matmul_needs_less_than_half_of_the_float_weight(granularity, transpos
         same(compiled(q, x), want)
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * n * n / 2
     assert qdot._SMALLEST <= n * n
+
+
+def test_report_of_packed_parameters():
+    def fn(p, x):
+        return x @ p["w"] + jnp.sin(p["other"]).sum()
+
+    params = {"w": quantized("int4"), "other": quantized("uint4")}
+    rows = {r.site: r for r in jc.report(fn, "w4a16-g32")(params, normal(3, 64)).rows}
+    assert rows["w"].weight == "int4, packed"
+    assert rows["w"].bytes_before == rows["w"].bytes_after == params["w"].nbytes
+    assert rows["other"].weight == "uint4, packed"
+    assert rows["other"].bytes_after == params["other"].nbytes
+    assert "dequantized where it is" in rows["other"].reason

@@ -58,7 +58,8 @@ class _Parts:
     def build(self) -> QTensor:
         ndim, fmt, scale = len(self.shape), self.q.format, self.scales[0]
         zero = self.scales[1] if len(self.scales) > 1 else None
-        blocks, axis = from_levels(self.levels, ndim), self.axis - ndim
+        blocks = from_levels(self.levels, ndim)
+        axis = self.axis - ndim if fmt.code_bits < 8 else -1
         if self.codes is not None:
             return QTensor.from_codes(
                 self.codes, scale, zero,
@@ -108,6 +109,8 @@ def _open(q: QTensor) -> _Parts | None:
     """A QTensor taken apart; None where its scales are laid out as no `Quantizer` does it."""
     ndim, zero, g = q.ndim, q.zero_point, q.global_scale
     levels = levels_of(q.blocks, ndim)
+    if g is not None and g.size == 1:
+        g = g.reshape(())
     rank = len(view(levels, ndim))
     scales = [q.scale] if zero is None else [q.scale, zero]
     scales = [s.reshape((1,) * (rank - s.ndim) + s.shape) for s in scales]
@@ -122,7 +125,7 @@ def _open(q: QTensor) -> _Parts | None:
 # ---------------------------------------------------------------------- one rule a primitive
 
 
-def _transpose(q: QTensor, permutation: Sequence[int]) -> QTensor | None:
+def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor | None:
     p = _open(q)
     fixed = 0 if q.global_scale is None else q.global_scale.ndim
     if p is None or tuple(permutation[:fixed]) != tuple(range(fixed)):
@@ -152,7 +155,7 @@ def _factor(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...
     return groups
 
 
-def _reshape(q: QTensor, sizes: Sequence[int]) -> QTensor | None:
+def reshape(q: QTensor, sizes: Sequence[int]) -> QTensor | None:
     new = tuple(sizes)
     if q.shape == new:
         return q
@@ -215,7 +218,9 @@ class _Reshape:
             if shared == {False}:
                 self.kept[news[0] : news[-1] + 1] = [new[b] for b in news]
             return len(shared) == 1
-        axes, size = p.levels[p.cut_by(cut[0])]
+        k = p.cut_by(cut[0])
+        assert k is not None
+        axes, size = p.levels[k]
         inner = tuple(a for a in axes if a in olds)
         at, count = axes.index(inner[0]), len(inner)
         if len(cut) != count or inner != olds[-count:] or axes[at : at + count] != inner:
@@ -330,18 +335,17 @@ def _gather(q: QTensor, indices: Any, **params: Any) -> QTensor | None:
         )  # fmt: skip
 
     place = p.labels.index(a)
-    scale = p.scales[0]
-    if fill:  # what is out of bounds is NaN, which scales can say
-        scale = jnp.broadcast_to(
-            scale, (*scale.shape[:place], q.shape[a], *scale.shape[place + 1 :])
-        )
-    nan = 255 if scale.dtype == jnp.uint8 else None  # E8M0
-    scales = [rows(s, place, v) if s.shape[place] > 1 or q.shape[a] == 1 else
-              s.reshape(*s.shape[:place], *[1] * len(batch), *s.shape[place + 1 :])
-              for s, v in zip((scale, *p.scales[1:]), (nan, 0))]  # fmt: skip
+    nan = 255 if q.scale.dtype == jnp.uint8 else None  # E8M0 and floats have a NaN
+    for k, (s, out_of_bounds) in enumerate(zip(list(p.scales), (nan, 0), strict=False)):
+        before, after = s.shape[:place], s.shape[place + 1 :]
+        if fill:  # what is out of bounds is NaN, which scales can say
+            s = jnp.broadcast_to(s, (*before, q.shape[a], *after))
+        if fill or s.shape[place] == q.shape[a]:
+            p.scales[k] = rows(s, place, out_of_bounds)
+        else:
+            p.scales[k] = s.reshape(*before, *[1] * len(batch), *after)
     new = {i: i if i < a else i + len(batch) - 1 for i in range(q.ndim) if i != a}
-    levels = [(tuple(new[i] for i in axes), n) for axes, n in p.levels]
-    p.scales, p.levels = scales, levels
+    p.levels = [(tuple(new[i] for i in axes), n) for axes, n in p.levels]
     p.shape = (*p.shape[:a], *batch, *p.shape[a + 1 :])
     if a == p.axis and q.format.code_bits < 8:
         p.codes, p.axis = rows(q.codes, a, 0), len(p.shape) - 1
@@ -359,15 +363,15 @@ def _is_nan(fill_value: Any) -> bool:
 def _concatenate(*operands: Any, dimension: int) -> QTensor | None:
     if not all(map(is_qtensor, operands)):
         return None
-    opened = [_open(q) for q in operands]
-    first, a = operands[0], dimension
-    p = opened[0]
-    kinds = {(q.format, q.dtype, q.blocks, q.axis, len(o.scales)) for q, o in zip(operands, opened)
-             if o is not None}  # fmt: skip
-    if len(kinds) != 1 or p is None or any(o is None for o in opened):
+    opened = [p for p in map(_open, operands) if p is not None]
+    kinds = {(q.format, q.dtype, q.blocks, q.axis, q.zero_point is None) for q in operands}
+    if len(opened) < len(operands) or len(kinds) > 1:
         return None
-    leading = 0 if p.g is None else p.g.ndim
-    if p.g is not None and (a >= leading or any(o.g.ndim != leading for o in opened)):
+    p, a = opened[0], dimension
+    global_scales = [o.g for o in opened if o.g is not None]
+    if global_scales and (
+        len(global_scales) < len(opened) or any(g.ndim <= a for g in global_scales)
+    ):
         return None
     size, place = p.group(a), p.labels.index(a) if p.cut_by(a) is None else None
     if place is None:
@@ -388,13 +392,13 @@ def _concatenate(*operands: Any, dimension: int) -> QTensor | None:
         lax.concatenate([jnp.broadcast_to(s, n) for s, n in zip(kind, shapes, strict=True)], place)
         for kind in zip(*(o.scales for o in opened), strict=True)
     ]
-    if a == p.axis and first.format.code_bits < 8:
+    if a == p.axis and p.q.format.code_bits < 8:
         p.codes = lax.concatenate([q.codes for q in operands], a)
     else:
         p.packed = lax.concatenate([q.packed for q in operands], a)
     p.shape = (*p.shape[:a], sum(q.shape[a] for q in operands), *p.shape[a + 1 :])
-    if p.g is not None:
-        p.g = lax.concatenate([o.g for o in opened], a)
+    if global_scales:
+        p.g = lax.concatenate(global_scales, a)
     return p.build()
 
 
@@ -409,7 +413,7 @@ def _broadcast(q: QTensor, shape: Sequence[int], broadcast_dimensions: Sequence[
     """Only new axes of size 1."""
     if math.prod(shape) != q.size or list(broadcast_dimensions) != sorted(broadcast_dimensions):
         return None
-    return _reshape(q, shape)
+    return reshape(q, shape)
 
 
 def _split(q: QTensor, sizes: Sequence[int], axis: int) -> list[QTensor] | None:
@@ -423,9 +427,9 @@ def _split(q: QTensor, sizes: Sequence[int], axis: int) -> list[QTensor] | None:
 
 
 _RULES: dict[str, Callable] = {
-    "transpose": lambda q, permutation: _transpose(q, permutation),
-    "reshape": lambda q, new_sizes, **_: _reshape(q, new_sizes),
-    "squeeze": lambda q, dimensions: _reshape(
+    "transpose": lambda q, permutation: transpose(q, permutation),
+    "reshape": lambda q, new_sizes, **_: reshape(q, new_sizes),
+    "squeeze": lambda q, dimensions: reshape(
         q, [n for i, n in enumerate(q.shape) if i not in {d % q.ndim for d in dimensions}]
     ),
     "broadcast_in_dim": lambda q, *rest, shape, broadcast_dimensions, **_: _broadcast(
@@ -460,7 +464,8 @@ def bind(
     """
     if not any(map(is_qtensor, values)):
         return run(list(values))
-    name, params = eqn.primitive.name, params or eqn.params
+    name = eqn.primitive.name
+    given: dict[str, Any] = eqn.params if params is None else params
     if name in _EACH:
         flat, tree = jax.tree.flatten(list(values))
         if name == "optimization_barrier":
@@ -468,9 +473,9 @@ def bind(
         return jax.tree.unflatten(tree, [run([x])[0] for x in flat])
     out = None
     if name in _RULES and is_qtensor(values[0]):
-        out = _RULES[name](*values, **params)
+        out = _RULES[name](*values, **given)
     elif name == "dot_general":
-        out = qdot.dot_general(*values, run=run, part=_block, **params)
+        out = qdot.dot_general(*values, run=run, part=_block, **given)
     if out is None:
         return run([dequantized(v) for v in values])
     return out if isinstance(out, list) else [out]
@@ -502,6 +507,14 @@ def constrain(q: QTensor, sharding: Any) -> QTensor | None:
     return jax.tree.map(put, q, specs)
 
 
+def packed_along_last(q: QTensor) -> QTensor:
+    """The same, packed along its last axis."""
+    return q if q.axis == -1 else QTensor.from_codes(
+        q.codes, q.scale, q.zero_point,
+        format=q.format, dtype=q.dtype, blocks=q.blocks, global_scale=q.global_scale,
+    )  # fmt: skip
+
+
 def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor | None:
     """How the arrays of a QTensor are split when it is split by `spec`; a QTensor of specs.
 
@@ -511,7 +524,7 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
         sizes: of the mesh axes.
     """
     ndim = q.ndim
-    entries = [*spec, *[None] * (ndim - len(spec))]
+    entries: list[Any] = [*spec, *[None] * (ndim - len(spec))]
 
     def parts(entry: Any) -> int:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
@@ -534,7 +547,7 @@ def partition(q: QTensor, spec: PartitionSpec, sizes: dict[str, int]) -> QTensor
         split = [entries[a] for a in axes if parts(entries[a]) > 1]
         if x[0] == "inside" or not split:
             scale.append(None)
-        elif len(axes) > 1 or q.shape[axes[0]] % (group * parts(split[0])):
+        elif len(axes) != 1 or q.shape[axes[0]] % (group * parts(split[0])):
             return None
         else:
             scale.append(split[0])

@@ -103,7 +103,7 @@ class Traced(NamedTuple):
     staged: Staged
     settings: Mapping[str, Any]
     sites: tuple[Site, ...]  # all of them, also inside what is differentiated
-    leaves: tuple[tuple[str, Any], ...]  # (key path, shape and dtype) of the parameters
+    leaves: tuple[tuple[str, Any], ...]  # (key path, shape and dtype, or QTensor) of parameters
 
     def run(
         self, transform: Transform, arrays: Sequence, learned: Any, state: Any, key: Any
@@ -467,9 +467,10 @@ def _distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(dataclasses.replace(site, name=name) for name, site in taken.items())
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    shape = x.shape if is_qtensor(x) else jnp.shape(x)
-    return jax.ShapeDtypeStruct(shape, getattr(x, "dtype", None) or jnp.result_type(x))
+def _shape_of(x: Any) -> Any:
+    if is_qtensor(x):
+        return jax.eval_shape(lambda q: q, x)
+    return jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", None) or jnp.result_type(x))
 
 
 def name_of(fn: Callable) -> str:

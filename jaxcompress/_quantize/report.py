@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import _compat
+from .._core.qtensor import QTensor
 from .._core.tabular import Tabular
 from .._core.transform import ArgNums, Transformed, name_of
 from .._errors import FormatError
@@ -142,7 +143,7 @@ def report(
 
 def _reject_nan(parameters: Iterable[tuple[str, Any]]) -> None:
     for path, value in parameters:
-        if isinstance(value, (_compat.Tracer, jax.ShapeDtypeStruct)):
+        if isinstance(value, (_compat.Tracer, jax.ShapeDtypeStruct, QTensor)):
             continue
         if jnp.issubdtype(jnp.result_type(value), jnp.inexact):
             bad = int(jnp.sum(~jnp.isfinite(value)))

@@ -148,7 +148,7 @@ def _stored(held: Any, site: Site, i: int, quantizer: Quantizer) -> tuple[Any, A
 def _agreed(known: Sequence[_Reading | None], x: Any) -> _Reading | None:
     """How all sites read a parameter; None if they differ or it cannot be packed so."""
     readings = [r for r in known if r is not None]
-    if len(readings) < len(known) or len({r.casts for r in readings}) > 1:
+    if len(readings) < len(known) or len({(r.quantizer, r.casts) for r in readings}) > 1:
         return None
     if len(readings) > 1 and any(r.stored != (None, None) for r in readings):
         return None  # each site has a range of its own
@@ -217,4 +217,4 @@ def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | No
             q = qlayout.reshape(q, arg)
         else:  # to float32 only: codes * scale is rounded once, after the cast of the function
             q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
-    return q
+    return None if q is None else qlayout.packed_along_last(q)

@@ -29,9 +29,14 @@ class Packing:
 
     def __init__(self, fn: Callable):
         inner = transformed_by(fn)
-        quantizes = inner is not None and isinstance(inner.transform, QuantizeAware)
-        self.inner: Transformed | None = inner if quantizes and inner.argnums == (0,) else None
-        self.recipe: Recipe | None = self.inner.transform.recipe if self.inner else None  # type: ignore[attr-defined]
+        self.inner: Transformed | None = None
+        self.recipe: Recipe | None = None
+        if (
+            inner is not None
+            and isinstance(inner.transform, QuantizeAware)
+            and inner.argnums == (0,)
+        ):
+            self.inner, self.recipe = inner, inner.transform.recipe
 
     def pack(self, params: Any, inputs: tuple) -> Any:
         """The parameters with QTensors; the function returns the same bits for them."""

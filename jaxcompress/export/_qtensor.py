@@ -81,9 +81,10 @@ def _blocks(data: Any) -> Blocks | Tiles | None:
             raise ValueError("tiles are two cuts into blocks")
         return Tiles(columns, rows)
     axis, size = data.get("axis"), data.get("size")
-    axes_are_numbers = type(axis) in (list, tuple) and all(type(a) is int for a in axis)
-    if len(data) != 2 or not axes_are_numbers or type(size) is not int or size < 1:
+    if len(data) != 2 or not isinstance(axis, list | tuple) or type(size) is not int or size < 1:
         raise ValueError(f"blocks of {size!r} values along {axis!r}")
+    if not all(type(a) is int for a in axis):
+        raise ValueError(f"blocks along {axis!r}")
     return Blocks(tuple(axis), size)
 
 

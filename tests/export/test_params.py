@@ -277,7 +277,7 @@ class Strange:
         (b"bytes", "`a/b` is a bytes"),
         (jax.ShapeDtypeStruct((2,), jnp.float32), "`a/b` is a ShapeDtypeStruct"),
         ({(1, 2): A}, r"The key \(1, 2\) below `a/b` is a tuple"),
-        (dataclasses.replace(jc.Quantizer("int8").quantize(A, 0), last=2), "packed is int8"),
+        (dataclasses.replace(jc.Quantizer("int8").quantize(A, 0), unused=2), "2 codes of a packed row are unused"),
     ],
 )
 def test_what_cannot_be_saved(leaf, message, tmp_path):

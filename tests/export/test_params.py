@@ -277,7 +277,10 @@ class Strange:
         (b"bytes", "`a/b` is a bytes"),
         (jax.ShapeDtypeStruct((2,), jnp.float32), "`a/b` is a ShapeDtypeStruct"),
         ({(1, 2): A}, r"The key \(1, 2\) below `a/b` is a tuple"),
-        (dataclasses.replace(jc.Quantizer("int8").quantize(A, 0), unused=2), "2 codes of a packed row are unused"),
+        (
+            dataclasses.replace(jc.Quantizer("int8").quantize(A, 0), unused=2),
+            "2 codes of a packed row",
+        ),
     ],
 )
 def test_what_cannot_be_saved(leaf, message, tmp_path):
@@ -415,7 +418,7 @@ def test_every_field_of_a_qtensor_is_known():
     fields = {f.name for f in dataclasses.fields(jc.QTensor)}
     assert fields == {
         *("packed", "scale", "packed_zero_point", "global_scale"),
-        *("format", "dtype", "last", "blocks"),
+        *("format", "dtype", "axis", "unused", "blocks"),
     }
     assert [f.name for f in dataclasses.fields(Blocks)] == ["axis", "size"]
     assert [f.name for f in dataclasses.fields(Tiles)] == ["columns", "rows"]

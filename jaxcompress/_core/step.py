@@ -65,8 +65,10 @@ class TypedCall:
         inner, (args, kwargs) = self.inner, inputs.unpack()
         held = typed.only((args, kwargs))
         floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
-        own, leaves = label_arguments((held.weights,), {}, (0,))
-        labels, paths = typed.labels_of((args, kwargs), own, floats), [path for path, _ in leaves]
+        own, leaves = self._parameters(held, args, kwargs, floats)
+        if held.weights is not None:
+            own = typed.labels_of((args, kwargs), own, floats)
+        labels, paths = own, [path for path, _ in leaves]
         call, arrays = split(typed.unwrap((args, kwargs)), floats)
         found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths)
         sites = _distinct(found.sites)
@@ -80,23 +82,33 @@ class TypedCall:
         out = Traced(kept, found.staged, settings, sites, ()).run(arrays, runtime)
         return typed.deliver(out, held, runtime.state)
 
+    def _parameters(self, held: typed.TypedParams, args: tuple, kwargs: dict, floats: bool = True):
+        """`label_arguments` of the weights, or of the arguments if these hold them themselves."""
+        if held.weights is not None:
+            return label_arguments((held.weights,), {}, (0,))
+        return label_arguments(args, kwargs, self.inner._params(args, kwargs), floats)
+
     def _step(self, inputs: Packed) -> Any:
         inner, (args, kwargs) = self.inner, inputs.unpack()
         labels = [DATA] * len(inputs.arrays)
         found = inner.region.analyze(inner.fn, inputs.call, inputs.arrays, labels, _constants, ())
         if not found.covered:
             held = typed.find((args, kwargs))[0]
-            paths = [path for path, _ in label_arguments((held.weights,), {}, (0,))[1]]
+            paths = [path for path, _ in self._parameters(held, args, kwargs)[1]]
             inner.transform.check(_distinct(found.sites), paths)
         if not found.restored and _is_updated(found.staged, inputs):
-            raise RecipeError(
-                f"{name_of(inner.fn)} updates QuantParams with an optimizer that was not wrapped: "
-                "it would descend along the statistics. Use jaxcompress.quant_tx(optimizer) where "
-                "the optimizer is made, outermost."
-            )
+            raise _not_wrapped(inner)
         nothing = found.plan.select(frozenset())
         traced = Traced(nothing, found.staged, {}, (), ())
         return traced.run(inputs.arrays, Runtime(inner.transform, {}, {}, {}))
+
+
+def _not_wrapped(inner: Transformed) -> RecipeError:
+    return RecipeError(
+        f"{name_of(inner.fn)} updates QuantParams with an optimizer that was not wrapped: "
+        "it would descend along the statistics. Use jaxcompress.quant_tx(optimizer) where "
+        "the optimizer is made, outermost."
+    )
 
 
 def _constants(count: int) -> list[Label]:
@@ -144,7 +156,8 @@ class MutatingStep:
     """Calls a step that changes its arguments in place: Flax NNX models and optimizers.
 
     They are not taken apart: the step runs as it is, and only what it differentiates is
-    transformed. What it differentiates are the parameters; what it closes over is data.
+    transformed. What it differentiates are the parameters; what it closes over is data. State
+    comes and goes with a variable of the model.
     """
 
     def __init__(self, inner: Transformed):
@@ -188,14 +201,21 @@ def _holds_objects(tree: Any) -> bool:
 
 def _differentiates_and_mutates(inner: Transformed, args: tuple, kwargs: dict) -> bool:
     autodiff.install()
-    scope, changed = autodiff.Scope(), []
+    scope, changed, descended = autodiff.Scope(), [], []
 
     def watched(*args, **kwargs):  # on copies: the arguments themselves do not change
-        before = split((args, kwargs))[1]
+        def look():
+            held = [x.statistics["weight"] for x in typed.find((args, kwargs))]
+            return split((args, kwargs))[1], held
+
+        before, old = look()
         inner.fn(*args, **kwargs)
-        after = split((args, kwargs))[1]
+        after, new = look()
         changed[:] = [len(before) != len(after) or any(map(operator.is_not, before, after))]
+        descended[:] = [any(map(operator.is_not, old, new))]
 
     with autodiff.SCOPE(scope):
         inner._with_floats(lambda x: stage(watched, x.call, x.arrays), args, kwargs)
+    if scope.typed and descended[0] and not scope.restored:
+        raise _not_wrapped(inner)
     return scope.count > 0 and changed[0]

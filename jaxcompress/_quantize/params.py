@@ -110,7 +110,7 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
             if old is None:
                 return change
             weights, learned = (None, change) if old.weights is None else change
-            new = typed.restored(_held(gradient), old)
+            new = typed.restored(typed.only(gradient), old)
             moved = QuantParams(weights, learned, jax.tree.map(jnp.subtract, new, old.statistics))
             return jax.tree.map(lambda _: moved, leaf, is_leaf=typed.is_typed)
 

@@ -160,27 +160,18 @@ def _train(
         compiled_step(fn, tx)
         for fn, tx in ((train.loss, train.float_optimizer), (loss_q, train.optimizer))
     )
+    phases = (
+        (step, train.float_optimizer, train.float_steps, "float training"),
+        (step_q, train.optimizer, train.steps, f"training with {recipe.name}"),
+    )
+    reached = [params]
     with user_code(f"training of task `{task.name}`"):
-        params = fit(
-            step,
-            params,
-            train.float_optimizer,
-            stream(train, [seed, 0]),
-            train.float_steps,
-            label="float training",
-            quiet=quiet,
-        )
-        _check_finite(task, params, " after the float training")
-        params_q = fit(
-            step_q,
-            params,
-            train.optimizer,
-            stream(train, [seed, 1]),
-            train.steps,
-            label=f"training with {recipe.name}",
-            quiet=quiet,
-        )
-        _check_finite(task, params_q, f" after training with {recipe.name}")
+        for k, (run, tx, steps, label) in enumerate(phases):
+            reached.append(
+                fit(run, reached[-1], tx, stream(train, [seed, k]), steps, label=label, quiet=quiet)
+            )
+            _check_finite(task, reached[-1], f" after the {label}")
+    _, params, params_q = reached
     batch = next(stream(train, [seed, 1]))
     same = compiled_step(train.loss, train.optimizer)  # only the recipe makes the difference
     runs = _one_step(same, params, train, batch), _one_step(step_q, params, train, batch)

@@ -39,6 +39,7 @@ class Scope:
       outer: the scope of another transform around this one, which changes what is differentiated
         after this one did.
       unknown: label of what a function closes over and the first tracing did not see.
+      key: random key of the transform, as this tracing knows it, or None.
       count: how many functions were differentiated so far.
       typed: how many of them with respect to `TypedParams`.
       restored: whether an optimizer took the state out of a gradient (`note_restored`).
@@ -55,6 +56,7 @@ class Scope:
     ):
         self.region, self.name, self.marks, self.outer = region, name, marks, outer
         self.unknown = unknown
+        self.key: Any = None
         self.count = 0
         self.typed = 0
         self.restored = False

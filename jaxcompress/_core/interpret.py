@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal
@@ -130,18 +130,29 @@ def _call_block(block: fold.Block, env: dict, plan: Plan, jaxpr: Any, runtime: R
     )
 
 
+class Operation(NamedTuple):
+    """The operation of a site, as a function of the operands that matter.
+
+    Attributes:
+      eqn: its equation.
+      rest: operands that do not matter (group sizes, indices).
+    """
+
+    eqn: Any
+    rest: tuple
+
+    def __call__(self, *operands: Any, **changed: Any) -> Any:
+        primitive = self.eqn.primitive
+        out = primitive.bind(*operands, *self.rest, **{**self.eqn.params, **changed})
+        return list(out) if primitive.multiple_results else out
+
+
 def _apply(site: Site, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
     count = len(site.operands)
-
-    def bind(*operands: Any, **changed: Any) -> Any:
-        rest = values[count:]
-        out = eqn.primitive.bind(*operands, *rest, **{**eqn.params, **changed})
-        return list(out) if eqn.primitive.multiple_results else out
-
     out, new = runtime.transform.apply(
         site,
         runtime.settings[site.name],
-        bind,
+        Operation(eqn, tuple(values[count:])),
         values[:count],
         runtime.learned.get(site.name),
         runtime.state.get(site.name),

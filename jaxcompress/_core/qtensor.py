@@ -167,8 +167,8 @@ class QTensor:
         """
         fmt = formats.get(format)
         if zero_point is not None:
-            zero_point = _pack(zero_point.astype(fmt.dtype), fmt)
-        packed, last = _pack(codes, fmt), codes.shape[-1]
+            zero_point = fmt.pack(zero_point.astype(fmt.dtype))
+        packed, last = fmt.pack(codes), codes.shape[-1]
         dtype = jnp.dtype(dtype)
         return cls(packed, scale, zero_point, fmt, dtype, last, blocks, global_scale)
 
@@ -192,14 +192,14 @@ class QTensor:
     @property
     def codes(self) -> jax.Array:
         """The codes, of the dtype of the format, in the shape of the array."""
-        return _unpack(self.packed, self.format, self.last)
+        return self.format.unpack(self.packed, self.last)
 
     @property
     def zero_point(self) -> jax.Array | None:
         """The zero points, of the dtype of the format, in the shape of `scale`; or None."""
         if self.packed_zero_point is None:
             return None
-        return _unpack(self.packed_zero_point, self.format, self.scale.shape[-1])
+        return self.format.unpack(self.packed_zero_point, self.scale.shape[-1])
 
     def dequantize(self) -> jax.Array:
         """Returns the array, (codes - zero_point) * scale in float32, cast to `dtype`.
@@ -246,13 +246,3 @@ def _bits(leaf: Any) -> int:
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits
     return dtype.itemsize * 8
-
-
-def _pack(codes: jax.Array, fmt: Format) -> jax.Array:
-    return codes if fmt.code_bits >= 8 else formats.pack(codes, fmt.code_bits)
-
-
-def _unpack(packed: jax.Array, fmt: Format, size: int) -> jax.Array:
-    if fmt.code_bits >= 8:
-        return packed
-    return formats.unpack(packed, fmt.code_bits, size, fmt.dtype)

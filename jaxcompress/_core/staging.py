@@ -100,16 +100,16 @@ class Staged(NamedTuple):
     rebuild: Callable[[Sequence], Any]
 
 
-def stage(fn: Callable, call: Call, arrays: Sequence) -> Staged:
-    """Traces `fn(*args, **kwargs)` to a jaxpr over the arrays of `call`."""
+def stage(fn: Callable, call: Call, arrays: Sequence, leading: Sequence = ()) -> Staged:
+    """Traces `fn(*leading, *args, **kwargs)` to a jaxpr over `leading` and the arrays of `call`."""
     made: list[Call] = []
 
-    def flat(*arrays):
+    def flat(leading, *arrays):
         args, kwargs = call.merge(arrays)
-        out, results = split(fn(*args, **kwargs))
+        out, results = split(fn(*leading, *args, **kwargs))
         made[:] = [out]
         return results
 
-    closed = jax.make_jaxpr(flat)(*arrays)
+    closed = jax.make_jaxpr(flat)(tuple(leading), *arrays)
     jaxpr, consts = _compat.open_jaxpr(closed)
     return Staged(jaxpr, consts, made[0].merge)

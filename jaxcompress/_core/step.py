@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from jax.core import Tracer
 from .._errors import RecipeError
 from . import autodiff, typed
 from .analyze import Analyzer
-from .interpret import Runtime
 from .provenance import CONSTANT, DATA, Label
 from .staging import Packed, Staged, split, stage
 from .transform import Traced, Transformed, _distinct, label_arguments, name_of
@@ -35,18 +35,19 @@ class TypedCall:
         self.inner = inner
         self.looks = 2  # at the values of the first calls; each look waits for the device
 
-        def whole(inputs: Packed) -> Packed:
+        def whole(key: Any, inputs: Packed) -> Packed:
             run = self._step if self._is_step(inputs) else self._plain
-            return Packed.pack(run(inputs))
+            return Packed.pack(run(inputs, key))
 
         whole.__name__ = whole.__qualname__ = inner.region.mark
         self._jitted = jax.jit(whole)
 
-    def __call__(self, args: tuple, kwargs: dict) -> Any:
+    def __call__(self, args: tuple, kwargs: dict, key: Any = None) -> Any:
         if self.looks:
             self.looks -= 1
             _check_weight(typed.find((args, kwargs))[0])
-        return self.inner._with_floats(self._jitted, args, kwargs).unpack()
+        run = functools.partial(self._jitted, key)
+        return self.inner._with_floats(run, args, kwargs).unpack()
 
     def _is_step(self, inputs: Packed) -> bool:
         autodiff.install()
@@ -61,7 +62,7 @@ class TypedCall:
                 raise
         return scope.typed > 0
 
-    def _plain(self, inputs: Packed) -> Any:
+    def _plain(self, inputs: Packed, key: Any) -> Any:
         inner, (args, kwargs) = self.inner, inputs.unpack()
         held = typed.only((args, kwargs))
         floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
@@ -70,17 +71,16 @@ class TypedCall:
             own = typed.labels_of((args, kwargs), own, floats)
         labels, paths = own, [path for path, _ in leaves]
         call, arrays = split(typed.unwrap((args, kwargs)), floats)
-        found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths)
+        found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths, key)
         sites = _distinct(found.sites)
         if not found.covered:
             inner.transform.check(sites, paths)
         settings = inner.transform.choose(found.plan.everything)
         kept = found.plan.select(frozenset(settings))
         state = jax.lax.stop_gradient(held.statistics["ranges"])
-        inner.transform.accept(kept.everything, settings, held.learned, state)
-        runtime = Runtime(inner.transform, settings, held.learned, dict(state))
-        out = Traced(kept, found.staged, settings, sites, ()).run(arrays, runtime)
-        return typed.deliver(out, held, runtime.state)
+        traced = Traced(kept, found.staged, settings, sites, ())
+        out, state = traced.run(inner.transform, arrays, held.learned, state, key)
+        return typed.deliver(out, held, state)
 
     def _parameters(self, held: typed.TypedParams, args: tuple, kwargs: dict, floats: bool = True):
         """`label_arguments` of the weights, or of the arguments if these hold them themselves."""
@@ -88,19 +88,18 @@ class TypedCall:
             return label_arguments((held.weights,), {}, (0,))
         return label_arguments(args, kwargs, self.inner._params(args, kwargs), floats)
 
-    def _step(self, inputs: Packed) -> Any:
+    def _step(self, inputs: Packed, key: Any) -> Any:
         inner, (args, kwargs) = self.inner, inputs.unpack()
-        labels = [DATA] * len(inputs.arrays)
-        found = inner.region.analyze(inner.fn, inputs.call, inputs.arrays, labels, _constants, ())
+        arrays, labels = inputs.arrays, [DATA] * len(inputs.arrays)
+        found = inner.region.analyze(inner.fn, inputs.call, arrays, labels, _constants, (), key)
         if not found.covered:
             held = typed.find((args, kwargs))[0]
             paths = [path for path, _ in self._parameters(held, args, kwargs)[1]]
             inner.transform.check(_distinct(found.sites), paths)
         if not found.restored and _is_updated(found.staged, inputs):
             raise _not_wrapped(inner)
-        nothing = found.plan.select(frozenset())
-        traced = Traced(nothing, found.staged, {}, (), ())
-        return traced.run(inputs.arrays, Runtime(inner.transform, {}, {}, {}))
+        traced = Traced(found.plan.select(frozenset()), found.staged, {}, (), ())
+        return traced.run(inner.transform, arrays, {}, {}, key)[0]
 
 
 def _not_wrapped(inner: Transformed) -> RecipeError:
@@ -116,15 +115,23 @@ def _constants(count: int) -> list[Label]:
 
 
 def _check_weight(held: typed.TypedParams) -> None:
-    """Raises if an optimizer descended along the scalar that is zero by definition."""
+    """Raises if the scalar that is zero by definition says that the statistics were spoilt."""
     weight = held.statistics["weight"]
     known = isinstance(weight, jax.Array) and not isinstance(weight, Tracer)
-    if known and weight.is_fully_addressable and float(weight) != 0:
+    if not known or not weight.is_fully_addressable or float(weight) == 0:
+        return
+    if math.isnan(float(weight)):
         raise RecipeError(
-            "these QuantParams were changed by an optimizer that descended along their "
-            "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
+            "the statistics of these QuantParams were lost: their gradients were rescaled leaf by "
+            "leaf before jaxcompress.quant_tx saw them. Rescale inside of it, as in "
+            "quant_tx(optax.chain(rescale, optimizer)), and start again from "
             "jaxcompress.quant_params."
         )
+    raise RecipeError(
+        "these QuantParams were changed by an optimizer that descended along their "
+        "statistics. Use jaxcompress.quant_tx(optimizer) and start again from "
+        "jaxcompress.quant_params."
+    )
 
 
 def _is_updated(staged: Staged, inputs: Packed) -> bool:
@@ -135,6 +142,7 @@ def _is_updated(staged: Staged, inputs: Packed) -> bool:
         held.statistics["weight"] = _WEIGHT_LEAF
     leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_label)
     labels = [x for x in leaves if _is_label(x)]
+    labels = [CONSTANT] * (len(staged.jaxpr.invars) - len(labels)) + labels  # a random key leads
     outputs = Analyzer().analyze(staged.jaxpr, labels).outputs
     unchanged = set(map(id, staged.jaxpr.invars))
     outputs = [
@@ -164,6 +172,8 @@ class MutatingStep:
         self.inner = inner
         self.scope = self._scope(None)
         self.known: dict[Any, bool] = {}
+        self.keyed: dict[Any, Callable] = {}
+        self.looks = 2  # as above
 
     def _scope(self, outer: autodiff.Scope | None) -> autodiff.Scope:
         region = functools.partial(self.inner.region.differentiated, ())
@@ -178,9 +188,35 @@ class MutatingStep:
             self.known[call] = _differentiates_and_mutates(self.inner, args, kwargs)
         return self.known[call]
 
-    def __call__(self, args: tuple, kwargs: dict) -> Any:
+    def __call__(self, args: tuple, kwargs: dict, key: Any = None) -> Any:
+        if self.looks and (held := typed.find((args, kwargs))):
+            self.looks -= 1
+            _check_weight(held[0])
+        if key is not None:
+            return self._with_key(key, args, kwargs)
         outer = autodiff.SCOPE.value
-        scope = self.scope if outer is None else self._scope(outer)
+        return self._run(self.scope if outer is None else self._scope(outer), args, kwargs)
+
+    def _with_key(self, key: Any, args: tuple, kwargs: dict) -> Any:
+        """Runs the step under a jit that takes the key.
+
+        What the caller compiled would keep the key that it was traced with. Under this jit it is
+        traced again, in a scope of its own, with the key as an input.
+        """
+        call, given = split((args, kwargs))[0], {**dict(enumerate(args)), **kwargs}
+        if call not in self.keyed:
+            fixed = {name: x for name, x in given.items() if not split(x)[1]}
+
+            def run(key: Any, objects: dict) -> Any:
+                scope = self._scope(autodiff.SCOPE.value)
+                scope.key, every = key, {**fixed, **objects}
+                named = {name: every.pop(name) for name in kwargs}
+                return self._run(scope, tuple(every[i] for i in range(len(args))), named)
+
+            self.keyed[call] = sys.modules["flax.nnx"].jit(run)
+        return self.keyed[call](key, {name: x for name, x in given.items() if split(x)[1]})
+
+    def _run(self, scope: autodiff.Scope, args: tuple, kwargs: dict) -> Any:
         scope.sites.clear()
         with autodiff.SCOPE(scope):
             out = self.inner.fn(*args, **kwargs)

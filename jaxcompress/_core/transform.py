@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -17,13 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .._errors import JaxCompressError, SiteError
+from .._errors import JaxCompressError, RecipeError, SiteError
 from . import _compat, autodiff, typed
-from .analyze import MARK, OPAQUE, Analyzer, name_sites
+from .analyze import MARK, OPAQUE, Analyzer
 from .interpret import Runtime, evaluate
-from .provenance import DATA, Label, key_path
+from .naming import name_sites
+from .provenance import CONSTANT, DATA, Label, key_path
 from .sites import Plan, Site
 from .staging import Call, Packed, Staged, is_array, is_float, split, stage
+
+_TAKES_KEY = "_jaxcompress_takes"  # attribute of a transformed function: its extra keyword
 
 ArgNums = int | str | Sequence[int | str]
 
@@ -36,12 +40,16 @@ class Transform:
       stateful: whether `learned` or `state` is used.
       travels: whether these may come and go with the parameters (`_core/typed.py`).
       collects: whether state is stacked over every scan, not only over scans of layers.
+      random: whether a site may draw random numbers.
+      keyword: name of the keyword argument that then takes a random key.
     """
 
     kind = "transform"
     stateful = False
     travels = False
     collects = False
+    random = False
+    keyword = ""
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Any]:
         """The sites to change, by name, each with a hashable setting for `apply`."""
@@ -55,6 +63,10 @@ class Transform:
 
     def init_state(self, site: Site, setting: Any) -> Any:
         """State of a site before the first call, or None."""
+
+    def draws(self, setting: Any) -> bool:
+        """Whether a site draws random numbers: `apply` then gets `learned["key"]`, its own key."""
+        return False
 
     def accept(
         self, sites: Sequence[Site], settings: Mapping[str, Any], learned: Any, state: Any
@@ -90,9 +102,36 @@ class Traced(NamedTuple):
     sites: tuple[Site, ...]  # all of them, also inside what is differentiated
     leaves: tuple[tuple[str, Any], ...]  # (key path, shape and dtype) of the parameters
 
-    def run(self, arrays: Sequence, runtime: Runtime) -> Any:
+    def run(
+        self, transform: Transform, arrays: Sequence, learned: Any, state: Any, key: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """(result, new state) on the arrays of a call."""
+        sites, settings = self.plan.everything, self.settings
+        transform.accept(sites, settings, learned, state)
+        if key is not None:
+            keys = {
+                s.name: {**learned.get(s.name, {}), "key": _own_key(key, i, s.stack)}
+                for i, s in enumerate(sites)
+                if transform.draws(settings[s.name])
+            }
+            learned = {**learned, **keys}
+        runtime = Runtime(transform, settings, learned, dict(state))
+        arrays = [*_present(key), *arrays]
         outs = evaluate(self.plan, self.staged.jaxpr, self.staged.consts, arrays, runtime)
-        return self.staged.rebuild(outs)
+        return self.staged.rebuild(outs), runtime.state
+
+
+def _present(key: Any) -> tuple:
+    return () if key is None else (key,)
+
+
+def _own_key(key: Any, i: int, stack: tuple[int, ...]) -> Any:
+    """The key of the i-th site; one for each layer of the scans over stacked layers around it.
+
+    Not by name: where a step holds its parameters is part of it.
+    """
+    key = jax.random.fold_in(key, i)
+    return jax.random.split(key, stack) if stack else key
 
 
 def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:
@@ -130,13 +169,23 @@ class _Region(NamedTuple):
         labels: Sequence[Label],
         closure: Callable[[int], list[Label]],
         paths: Sequence[str],
+        key: Any,
     ) -> _Found:
         autodiff.install()
+        leading = _present(key)
+        labels = [*(CONSTANT for _ in leading), *labels]
 
         def once(scope: autodiff.Scope):
             analyzer = Analyzer(self.mark)
+
+            # The key is an input of the jaxpr, not something that `fn` closes over: what that
+            # is has been labelled by position.
+            def keyed(*args, **kwargs):
+                scope.key, *args = args if leading else (None, *args)
+                return fn(*args, **kwargs)
+
             with autodiff.SCOPE(scope), _compat.classic_custom_rules():
-                staged = stage(fn, call, arrays)
+                staged = stage(keyed, call, arrays, leading)
                 constants = closure(len(staged.consts))
                 found = analyzer.analyze(staged.jaxpr, labels, constants=constants)
             return staged, found
@@ -189,17 +238,15 @@ class _Region(NamedTuple):
                 names = [_plain_path(path) for path, _ in leaves]
             else:
                 known = labels
-            found = self.analyze(fn, call, arrays, known, around, names)
+            found = self.analyze(fn, call, arrays, known, around, names, scope.key)
             scope.sites += found.sites
             settings = self.transform.choose(found.plan.everything)
             kept = found.plan.select(frozenset(settings))
             traced = Traced(kept, found.staged, settings, (), ())
             learned = held.learned if held else {}
             state = jax.lax.stop_gradient(held.statistics["ranges"]) if held else {}
-            self.transform.accept(kept.everything, settings, learned, state)
-            runtime = Runtime(self.transform, settings, learned, dict(state))
-            out = traced.run(arrays, runtime)
-            return typed.deliver(out, held, runtime.state) if held else out
+            out, state = traced.run(self.transform, arrays, learned, state, scope.key)
+            return typed.deliver(out, held, state) if held else out
 
         return fn if self.transform.stateful and not self.transform.travels else transformed
 
@@ -274,18 +321,19 @@ class Transformed:
         self.floats = True  # whether Python floats are arrays to the function
         self.region = _Region(transform, mark_of(transform, self.argnums))
 
-        def whole(learned: Any, state: Any, inputs: Packed):
-            traced = self._trace(inputs)
-            transform.accept(traced.plan.everything, traced.settings, learned, state)
-            runtime = Runtime(transform, traced.settings, learned, dict(state))
-            return Packed.pack(traced.run(inputs.arrays, runtime)), runtime.state
+        def whole(learned: Any, state: Any, key: Any, inputs: Packed):
+            traced = self._trace(inputs, key)
+            out, state = traced.run(transform, inputs.arrays, learned, state, key)
+            return Packed.pack(out), state
 
         whole.__name__ = whole.__qualname__ = self.region.mark
         self._jitted = jax.jit(whole)
 
-    def call(self, learned: Any, state: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    def call(
+        self, learned: Any, state: Any, args: tuple, kwargs: dict, key: Any = None
+    ) -> tuple[Any, Any]:
         """(result of the function, new state)."""
-        run = functools.partial(self._jitted, learned, state)
+        run = functools.partial(self._jitted, learned, state, key)
         out, state = self._with_floats(run, args, kwargs)
         return out.unpack(), state
 
@@ -308,7 +356,7 @@ class Transformed:
         self.floats = False
         return out
 
-    def _trace(self, inputs: Packed) -> Traced:
+    def _trace(self, inputs: Packed, key: Any = None) -> Traced:
         args, kwargs = inputs.unpack()
         params = self._params(args, kwargs)
         floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
@@ -318,7 +366,8 @@ class Transformed:
         def closure(count: int) -> list[Label]:
             return [Label()] * count
 
-        found = self.region.analyze(self.fn, inputs.call, inputs.arrays, labels, closure, paths)
+        arrays = inputs.arrays
+        found = self.region.analyze(self.fn, inputs.call, arrays, labels, closure, paths, key)
         unique = _distinct(found.sites)
         if not found.covered:
             self.transform.check(unique, paths)
@@ -416,7 +465,47 @@ def name_of(fn: Callable) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def stateless(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
+def _takes(fn: Callable, keyword: str) -> bool:
+    """Whether a function takes a keyword argument of this name, as far as its signature says."""
+    if getattr(fn, _TAKES_KEY, None) == keyword:
+        return True
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return True
+    return keyword in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def take_key(fn: Callable, transform: Transform, kwargs: dict[str, Any]) -> Any:
+    """Takes the random key of a transform out of the keyword arguments of a call; None if absent.
+
+    Raises:
+      RecipeError: it is no key, or nothing is random.
+    """
+    if transform.keyword not in kwargs:
+        return None
+    if not transform.random:
+        if _takes(fn, transform.keyword):
+            return None
+        raise RecipeError(
+            f"{transform.keyword}= was given to {name_of(fn)}, and nothing in it is rounded at "
+            'random: no rule has a gradient with rounding="stochastic". Leave it out.'
+        )
+    key = kwargs.pop(transform.keyword)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed_key else dtype == jnp.uint32 and shape == (2,)):
+        found = type(key).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
+        raise RecipeError(
+            f"{transform.keyword}= takes one random key, jax.random.key(seed), found {found}. "
+            "Give a new one at every step: jax.random.fold_in(key, step)."
+        )
+    return key
+
+
+def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
     """`fn` with a transform: same signature, same structure of results.
 
     State, if the transform has any, comes and goes with `TypedParams` among the arguments.
@@ -427,13 +516,15 @@ def stateless(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Calla
     typed_call, mutating = TypedCall(inner), MutatingStep(inner)
 
     def wrapped(*args, **kwargs):
+        key = take_key(fn, transform, kwargs)
         if mutating.wanted(args, kwargs):
-            return mutating(args, kwargs)
+            return mutating(args, kwargs, key)
         if typed.find((args, kwargs)):
-            return typed_call(args, kwargs)
-        return inner.call({}, {}, args, kwargs)[0]
+            return typed_call(args, kwargs, key)
+        return inner.call({}, {}, args, kwargs, key)[0]
 
-    try:
-        return functools.wraps(fn)(wrapped)
-    except (AttributeError, TypeError):
-        return wrapped
+    with contextlib.suppress(AttributeError, TypeError):
+        wrapped = functools.wraps(fn)(wrapped)
+    if transform.random:
+        setattr(wrapped, _TAKES_KEY, transform.keyword)
+    return wrapped

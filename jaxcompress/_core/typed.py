@@ -160,13 +160,33 @@ _deliver.defvjp(_forward, _backward)
 
 
 def restored(gradient: TypedParams, params: TypedParams) -> dict[str, Any]:
-    """The new statistics from a gradient; the old ones where no gradient carried any."""
+    """The new statistics from a gradient; the old ones where no gradient carried any.
+
+    NaN, the weight included, if the gradient was rescaled leaf by leaf: then the weight is larger
+    than loss scaling and sums make it, or a value is 2^40 times larger than the old ones explain.
+
+    Raises:
+      JaxCompressError: the gradient was cast to float16, in which it is zero.
+    """
     weight = gradient.statistics["weight"]
+    if weight.dtype == jnp.float16:
+        raise JaxCompressError(
+            "the gradients were cast to float16, which has no numbers for the statistics of "
+            "QuantParams. Cast inside jaxcompress.quant_tx, or to bfloat16."
+        )
     known = jnp.isfinite(weight) & (weight != 0)
     safe = jnp.where(known, weight, 1.0)
+    ranges = jax.tree.map(lambda x: x / safe, gradient.statistics["ranges"])
+    torn = known & ((jnp.abs(weight) > EPS * 2.0**48) | _jumped(ranges, params))
 
-    def pick(cotangent, old):
-        return jnp.where(known, cotangent / safe, old).astype(old.dtype)
+    def pick(new, old):
+        return jnp.where(torn, jnp.nan, jnp.where(known, new, old)).astype(old.dtype)
 
-    ranges = jax.tree.map(pick, gradient.statistics["ranges"], params.statistics["ranges"])
-    return {"ranges": ranges, "weight": jnp.zeros_like(weight)}
+    ranges = jax.tree.map(pick, ranges, params.statistics["ranges"])
+    return {"ranges": ranges, "weight": pick(jnp.zeros_like(weight), jnp.zeros_like(weight))}
+
+
+def _jumped(new: Any, params: TypedParams) -> jax.Array:
+    """Whether a value is far larger than the old ones explain."""
+    pairs = zip(*map(jax.tree.leaves, (new, params.statistics["ranges"])), strict=True)
+    return sum((jnp.any(jnp.abs(x) > 2.0**40 * (1 + jnp.abs(y))) for x, y in pairs), jnp.bool_(0))

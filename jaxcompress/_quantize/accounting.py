@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .._core.qtensor import nbytes
 from .._core.sites import Site
 from .._core.transform import Traced
-from .aware import QuantizeAware, describe, why_not
+from .aware import QuantizeAware, Setting, describe, why_not
 from .recipe import Recipe
 
 
@@ -31,6 +31,7 @@ class Row:
       snr_db: power of the site's result over that of its error, in dB; None if not run.
       reason: why it was left alone, or a remark; empty if everything was as asked.
       source: `file:line` of the operation.
+      gradient: format of what flows back into the site; None if no rule says one.
     """
 
     site: str
@@ -43,6 +44,7 @@ class Row:
     snr_db: float | None
     reason: str
     source: str
+    gradient: str | None = None
 
 
 def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Row]:
@@ -61,8 +63,8 @@ def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Ro
             readers[path] = readers.get(path, 0) + 1
     rows = []
     for site in sites:
-        setting = settings.get(site.name, (None,) * len(site.operands))
-        remark = _reason(site, recipe) if not any(setting) else ""
+        setting = settings.get(site.name, Setting((None,) * len(site.operands)))
+        remark = "" if setting.changes else _reason(site, recipe)
         before = after = 0
         weights = [i for i in site.weights if len(site.weights) == 1]
         for i in weights:
@@ -80,6 +82,7 @@ def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Ro
                 snr_db=snr.get(site.name),
                 reason=remark,
                 source=site.source,
+                gradient=_gradient(site, setting, recipe),
             )
         )
     for path, shape in shapes.items():
@@ -156,7 +159,7 @@ def _stored(
     return before, one * take // max(size, 1), remark
 
 
-def _format(site: Site, setting: Sequence, role: str) -> str | None:
+def _format(site: Site, setting: Setting, role: str) -> str | None:
     for operand, quantizer in zip(site.operands, setting, strict=True):
         if operand.role == role:
             if quantizer is None:
@@ -165,6 +168,15 @@ def _format(site: Site, setting: Sequence, role: str) -> str | None:
                 # Windows overlap: what shares a scale per token is a whole example.
                 return describe(quantizer).replace("per token", "per example")
             return describe(quantizer)
+    return None
+
+
+def _gradient(site: Site, setting: Setting, recipe: Recipe) -> str | None:
+    if setting.gradient is not None:
+        return describe(setting.gradient)
+    found = recipe.rule_for(site)
+    if setting.changes and found is not None and found[1].gradient is not None:
+        return "float, no backward matmul"
     return None
 
 

@@ -4,18 +4,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._core.patterns import matches, nearest
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transform, stateless
+from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
 from . import recipes
+from .backward import fits, with_backward
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
 
-Setting = tuple[Quantizer | None, ...]  # one quantizer per operand, None: left in float
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is done at a site. A sequence of quantizers, one per operand; None: left in float.
+
+    Attributes:
+      operands: these quantizers.
+      gradient: the quantizer of what flows back, or None.
+    """
+
+    operands: tuple[Quantizer | None, ...]
+    gradient: Quantizer | None = None
+
+    def __iter__(self) -> Iterator[Quantizer | None]:
+        return iter(self.operands)
+
+    def __getitem__(self, i: int) -> Quantizer | None:
+        return self.operands[i]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done at all."""
+        return any(self.operands) or self.gradient is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +48,14 @@ class QuantizeAware(Transform):
     recipe: Recipe
 
     kind = "quantize"
+    keyword = "quantize_key"
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return any(r.gradient and r.gradient.rounding == "stochastic" for r in self.recipe.rules)
+
+    def draws(self, setting: Setting) -> bool:
+        return setting.gradient is not None and setting.gradient.rounding == "stochastic"
 
     def choose(self, sites: Sequence[Site]) -> Mapping[str, Setting]:
         settings: dict[str, Setting] = {}
@@ -40,7 +71,7 @@ class QuantizeAware(Transform):
         for site in sites:
             if site.name in settings:
                 _fits(site, settings[site.name])
-        return {name: s for name, s in settings.items() if any(s)}
+        return {name: s for name, s in settings.items() if s.changes}
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
@@ -54,6 +85,7 @@ class QuantizeAware(Transform):
         for i, rule in enumerate(self.recipe.rules):
             if any(rule.leaves_alone or not why_not(s, rule) for s in decided[i]):
                 useful = True
+                _reject_unused(rule, decided[i])
             elif not rule.optional:
                 matched = [s for s in sites if rule.matches(s)]
                 self._unmatched(rule, decided[i] or matched, sites, parameters)
@@ -99,7 +131,14 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
-        return bind(*quantized(site, setting, operands)), None
+        return run(site, setting, bind, quantized(site, setting, operands), learned), None
+
+
+def run(site: Site, setting: Setting, bind: Any, operands: Sequence, learned: Any) -> Any:
+    """The operation on operands that are quantized; backward as the setting says."""
+    if setting.gradient is None:
+        return bind(*operands)
+    return with_backward(site, bind, operands, setting.gradient, (learned or {}).get("key"))
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
@@ -124,7 +163,7 @@ def setting_of(site: Site, rule: Rule) -> Setting:
             if quantizer.granularity.kind == "example":  # all but the batch, wherever it is
                 quantizer = dataclasses.replace(quantizer, granularity="token")
         out.append(quantizer)
-    return tuple(out)
+    return Setting(tuple(out), None if site.op == "gather" else rule.gradient)
 
 
 def why_not(site: Site, rule: Rule) -> str:
@@ -145,6 +184,8 @@ def why_not(site: Site, rule: Rule) -> str:
         )
     if not site.floating:
         return "operands are not real floating-point numbers"
+    if site.op == "gather" and rule.gradient and rule.weight is rule.activation is None:
+        return "a lookup has no backward matmul"
     constant = any(o.constant for o in site.operands)
     if not site.weights:
         if constant and reads_data:
@@ -178,10 +219,11 @@ def _share(
     for site in sites:
         if site.name in settings:
             pairs = zip(site.operands, settings[site.name], strict=True)
-            out[site.name] = tuple(
+            operands = tuple(
                 tables.get(o.path, q) if o.role == "weight" and q is not None else q
                 for o, q in pairs
             )
+            out[site.name] = dataclasses.replace(settings[site.name], operands=operands)
     return out
 
 
@@ -191,7 +233,7 @@ def _agree(sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str,
     for site in sites:
         if site.opaque or not site.floating:
             continue
-        setting = settings.get(site.name, (None,) * len(site.operands))
+        setting = settings.get(site.name, Setting((None,) * len(site.operands)))
         for operand, quantizer in zip(site.operands, setting, strict=True):
             if operand.role != "weight" or len(site.weights) == 2:
                 continue
@@ -207,6 +249,8 @@ def _agree(sites: Sequence[Site], settings: dict[str, Setting], rules: dict[str,
 
 
 def _fits(site: Site, setting: Setting) -> None:
+    if setting.gradient is not None:
+        fits(site, setting.gradient)
     for i, (operand, quantizer) in enumerate(zip(site.operands, setting, strict=True)):
         if quantizer is None:
             continue
@@ -224,8 +268,20 @@ def describe(quantizer: Quantizer | None) -> str:
     """`int4 per group:32`, `int8 per tensor, static`, or `float` for None."""
     if quantizer is None:
         return "float"
-    stored = f", {quantizer.range}" if quantizer.special else ""
-    return f"{quantizer.format.name} per {quantizer.granularity}{stored}"
+    remarks = [quantizer.range] * quantizer.special
+    remarks += ["stochastic"] * (quantizer.rounding == "stochastic")
+    return ", ".join([f"{quantizer.format.name} per {quantizer.granularity}", *remarks])
+
+
+def _reject_unused(rule: Rule, sites: Sequence[Site]) -> None:
+    """Raises where a rule has a gradient and decides lookups only, which have no use for it."""
+    sites = [s for s in sites if not why_not(s, rule)]
+    if rule.gradient is not None and all(s.op == "gather" for s in sites):
+        raise RecipeError(
+            f"rule {rule.pattern!r} has gradient={rule.gradient.format.name!r}, and all that it "
+            f"decides are lookups in a table ({_listed(sites)}), which have no backward matmul: "
+            "rows of the gradient are added up. Leave gradient= out of it."
+        )
 
 
 def _listed(sites: Sequence[Site]) -> str:
@@ -250,6 +306,12 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     `range="static"` in place of `"ema"` reads the same statistics and does not follow. Outside
     of what it differentiates a step with `QuantParams` is left alone.
 
+    A rule with `gradient=` also computes the two backward products of its sites in few bits. Such
+    a site is differentiable in reverse mode only: forward mode (`jax.jvp`, `jax.jacfwd`) raises
+    JAX's error about a `custom_vjp`, and works where no rule has a gradient. If one is rounded
+    with `rounding="stochastic"`, the result takes the extra keyword `quantize_key=`, a random key
+    that should be new at every step; it is needed where something is differentiated.
+
     Steps that change Flax NNX objects in place work too: what they differentiate is transformed.
     A model of `jc.quant_params` keeps the state of such a step.
 
@@ -259,11 +321,12 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
       argnums: position (or name) of the argument that holds the parameters, or several.
 
     Returns:
-      A function with the signature of `fn`.
+      A function with the signature of `fn`, and `quantize_key=` if gradients are rounded at random.
 
     Raises:
       RecipeError: unknown recipe, or (when called) a rule that matches nothing, two rules that
-        disagree on one array, or a recipe with stored ranges around plain parameters.
+        disagree on one array, a recipe with stored ranges around plain parameters, or
+        `quantize_key` missing or given for nothing.
       SiteError: a matched operation cannot be handled; a group that does not divide.
 
     >>> import jax, jax.numpy as jnp
@@ -278,4 +341,4 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
 
     chosen = recipes.get(recipe)
     kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware
-    return stateless(fn, kind(chosen), argnums)
+    return transformed_function(fn, kind(chosen), argnums)

@@ -79,7 +79,7 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
     sum of new statistics over whatever the gradient was summed over, and come with the number of
     summands, so that sums over microbatches, means over devices, clipping by a global norm and
     loss scaling give their average. A gradient that carries none keeps the old ones. Rescaling
-    leaf by leaf and a cast of gradients to float16 lose them.
+    leaf by leaf and a cast of gradients to float16 would lose them: the next call raises.
 
     A step that holds `QuantParams` and an optimizer without `quant_tx` is an error of
     `jc.quantize_aware(step, recipe)` when it is traced. Without that wrapper around the step

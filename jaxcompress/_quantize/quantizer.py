@@ -11,32 +11,21 @@ their straight-through estimator is the identity (Bengio et al. 2013). Ranges th
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import formats
-from .._core.qtensor import Blocks, QTensor, Tiles
+from .._core.qtensor import QTensor
 from .._errors import FormatError, RecipeError
 from ..formats import Format
 from ..formats._base import check_floating, reject_nan
-from ..formats._rounding import ROUNDINGS, check
-from . import granularity as granularities
-from . import layout, ranges, scales
-from .granularity import Granularity, per_group
-
-_CONVENTIONS = ("max", "half", "signed")
-_POWERS = (None, "ceil", "round", "floor")
-
-# Ranges that are stored between calls, and those that `_quantize/state.py` and its rules compute.
-STORED = ("static", "ema", "learned", "pact")
-OBSERVERS = ("absmax", "minmax", "percentile", "mse", "kl")
-_SPECIAL = (*STORED, "dorefa")
+from ..formats._rounding import check
+from . import layout, ranges, settings, straight_through
+from .granularity import Granularity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,66 +106,8 @@ class Quantizer:
         ): ...
 
     def __post_init__(self):
-        fmt = formats.get(self.format)
-        symmetric, rng = self.symmetric, self.range
-        if rng in _SPECIAL:
-            self._resolve_special(fmt)
-            return
-        if self.observer is not None:
-            raise RecipeError(
-                f"observer={self.observer!r} goes with range='static' or 'ema', not {rng!r}."
-            )
-        for name, choices in (
-            ("range", (None, *ranges.RANGES, *_SPECIAL)),
-            ("indivisible", ("error", "pad", "channel")),
-            ("rounding", ROUNDINGS),
-            ("convention", _CONVENTIONS),
-            ("power_of_two", _POWERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"There is no {name}={getattr(self, name)!r}. "
-                    f"Available: {', '.join(repr(c) for c in choices if c is not None)}."
-                )
-        if symmetric is None:
-            symmetric = (rng or fmt.default_range) in ranges.SYMMETRIC or (
-                rng in ranges.EITHER and fmt.default_range != "minmax"
-            )
-        if rng is None:
-            rng = fmt.default_range if symmetric else "minmax"
-            rng = "absmax" if symmetric and rng == "minmax" else rng
-        if rng in ranges.SYMMETRIC and not symmetric or rng == "minmax" and symmetric:
-            raise RecipeError(
-                f"range={rng!r} and symmetric={symmetric} disagree: "
-                "'minmax' is not symmetric, 'percentile' and 'mse' may be either, the others "
-                "are. Give one of the two."
-            )
-        if not symmetric and not fmt.affine:
-            raise FormatError(
-                f"{fmt.name} takes no zero point, so it cannot have range={rng!r} with "
-                "symmetric=False. Use 'absmax'."
-            )
-        ranges.check(fmt, rng, symmetric, self.convention, self.power_of_two)
-        value = ranges.DEFAULT_VALUE.get(rng) if self.range_value is None else self.range_value
-        low, high = {"percentile": (50, 100)}.get(rng, (0, math.inf))
-        if value is not None and (
-            rng not in ("percentile", "rms", "fixed") or not low < value <= high
-        ):
-            raise RecipeError(
-                f"range={rng!r} got range_value={value!r}: 'percentile' takes a number above 50 "
-                "up to 100, 'rms' and 'fixed' a positive one, others take none."
-            )
-        granularity = self.granularity
-        if granularity is None:
-            granularity = "channel" if fmt.block is None else per_group(fmt.block)
-        if rng == "fixed" and fmt.block is None:
-            granularity = "tensor"
-        resolve = functools.partial(object.__setattr__, self)
-        resolve("format", fmt)
-        resolve("granularity", granularities.get(granularity))
-        resolve("range", rng)
-        resolve("symmetric", bool(symmetric))
-        resolve("range_value", value)
+        for name, value in settings.resolved(self).items():
+            object.__setattr__(self, name, value)
 
     @property
     def top(self) -> float:
@@ -188,58 +119,10 @@ class Quantizer:
         """Whether the range leaves values outside, which then have no gradient."""
         return self.range in ranges.CLIPPING
 
-    def _resolve_special(self, fmt: Format) -> None:
-        """Checks and fills in the fields of a range that is stored or learned.
-
-        Raises:
-            FormatError: if the format does not go with the range.
-            RecipeError: if observer or momentum do not.
-        """
-        fits = {
-            "learned": isinstance(fmt, formats.Integer),
-            "pact": isinstance(fmt, formats.Integer) and fmt.min == 0,
-            "dorefa": isinstance(fmt, formats.Integer) and fmt.min == 0,
-        }
-        if not fits.get(self.range, True):
-            kind = "integer" if self.range == "learned" else "unsigned integer"
-            raise FormatError(f"range={self.range!r} is for {kind} formats, found {fmt.name}.")
-        if self.range == "learned" and fmt.min < 0:
-            fmt = formats.integer(int(fmt.bits), narrow=False)
-        averaged = self.range in ("static", "ema")
-        symmetric = self.symmetric
-        if symmetric is None:
-            symmetric = not averaged or (fmt.min < 0 and self.observer != "minmax")
-        observer = self.observer or ("absmax" if symmetric else "minmax")
-        if observer not in OBSERVERS:
-            raise RecipeError(f"There is no observer {observer!r}. Available: {OBSERVERS}.")
-        if not averaged and (self.observer is not None or not symmetric):
-            raise RecipeError(f"range={self.range!r} takes no observer and is symmetric.")
-        if (observer == "minmax") == symmetric:
-            raise RecipeError(
-                f"observer={observer!r} and symmetric={symmetric} disagree: only 'minmax' is "
-                "not symmetric."
-            )
-        if self.range == "ema" and observer not in ("absmax", "minmax"):
-            raise RecipeError(
-                f"range='ema' averages 'absmax' or 'minmax', not {observer!r}: a histogram needs "
-                "range='static' and jaxcompress.calibrate."
-            )
-        if not symmetric and not fmt.affine:
-            raise FormatError(
-                f"{fmt.name} takes no zero point, so it cannot have observer='minmax'. "
-                "Use 'absmax'."
-            )
-        if not 0 <= self.momentum < 1:
-            raise RecipeError(f"momentum={self.momentum!r}: expected 0 <= momentum < 1.")
-        settings = {"format": fmt, "granularity": granularities.get(self.granularity or "channel")}
-        settings |= {"symmetric": symmetric, "observer": observer if averaged else None}
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)
-
     @property
     def special(self) -> bool:
         """Whether the range is stored, learned or none at all, and not found by `scales`."""
-        return self.range in _SPECIAL
+        return self.range in settings.SPECIAL
 
     def fake_quantize(
         self,
@@ -275,7 +158,7 @@ class Quantizer:
         check_floating(x.dtype, "fake_quantize")
         axis = self.check(x.shape, axis)
         check(self.rounding, key)
-        return x if not x.shape else _fake_quantize(x, key, self, axis, tuple(sync))
+        return x if not x.shape else straight_through.fake_quantize(x, key, self, axis, tuple(sync))
 
     def quantize(self, x: jax.Array, axis: int | Sequence[int], *, key: Any = None) -> QTensor:
         """Returns x in storage; its `.dequantize()` equals `fake_quantize` exactly.
@@ -303,7 +186,7 @@ class Quantizer:
             v = x.astype(jnp.float32)
             reject_nan(v - v, self.format.name)  # NaN also where x is infinite
         check(self.rounding, key)
-        return _quantize(x, key, self, axis)
+        return straight_through.quantize(x, key, self, axis)
 
     def scales(
         self, x: jax.Array, axis: int | Sequence[int], sync: Sequence[str] = ()
@@ -319,7 +202,7 @@ class Quantizer:
         """
         x = jnp.asarray(x)
         check_floating(x.dtype, "scales")
-        return _scales(x, self, self.check(x.shape, axis), tuple(sync))
+        return straight_through.find_scales(x, self, self.check(x.shape, axis), tuple(sync))
 
     def check(self, shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
         """Returns the contracted axes, none negative, of an array that this can quantize.
@@ -369,8 +252,8 @@ class Quantizer:
         like the codes, and four bytes for the second level of scales.
         """
         fmt, scale_shape = self.format, self.scale_shape(shape, axis)
-        codes = formats.packed_nbytes(tuple(shape), fmt.code_bits)
-        zeros = 0 if self.symmetric else formats.packed_nbytes(scale_shape, fmt.code_bits)
+        codes = fmt.packed_nbytes(tuple(shape))
+        zeros = 0 if self.symmetric else fmt.packed_nbytes(scale_shape)
         scale = fmt.scale_dtype.itemsize * math.prod(scale_shape)
         return codes + scale + zeros + 4 * fmt.two_level
 
@@ -406,63 +289,3 @@ class Quantizer:
         if unknown := [name for name in settings if name not in known]:
             raise RecipeError(f"A quantizer has no settings {unknown}. Available: {known}.")
         return cls(**settings)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def jaxcompress_fake_quantize(
-    x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
-) -> jax.Array:
-    """The primal of `Quantizer.fake_quantize`. Its name marks it in jaxprs."""
-    v, s, blocks = _scaled(x, quantizer, axis, sync)
-    grid = scales.to_grid(v, quantizer, s, key, quantizer.rounding)
-    out = scales.from_grid(grid, quantizer, s)
-    out = out if blocks is None else blocks.merge(out, x.shape)
-    return lax.convert_element_type(out, x.dtype)
-
-
-@jaxcompress_fake_quantize.defjvp
-def _straight_through(quantizer, axis, sync, primals, tangents):
-    out, tangent = jaxcompress_fake_quantize(*primals, quantizer, axis, sync), tangents[0]
-    if quantizer.clips:
-        x = lax.stop_gradient(primals[0])
-        v, s, blocks = _scaled(x, quantizer, axis, sync)
-        mask = scales.inside(v, quantizer, s)
-        mask = mask if blocks is None else blocks.merge(mask, x.shape)
-        tangent = lax.select(mask, tangent, lax.full_like(tangent, 0))
-    return out, tangent
-
-
-# One jit each, so that a repeated shape is traced once. `quantize` and `scales` are jitted too
-# because XLA rounds a division by a constant differently inside a jit than outside.
-_fake_quantize = jax.jit(jaxcompress_fake_quantize, static_argnums=(2, 3, 4))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]) -> QTensor:
-    fmt = quantizer.format
-    v, s, blocks = _scaled(x, quantizer, axis, ())
-    codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding))
-    codes = codes if blocks is None else blocks.merge(codes, x.shape)
-    return QTensor.from_codes(
-        codes, s.scale, s.zero_point,
-        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=s.global_scale,
-    )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _scales(
-    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
-) -> tuple[jax.Array, jax.Array | None]:
-    _, s, _ = _scaled(x, quantizer, axis, sync)
-    scale = functools.reduce(lax.mul, quantizer.format.factors(s.scale, s.global_scale))
-    return scale, s.zero_point
-
-
-def _scaled(
-    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
-) -> tuple[jax.Array, scales.Scales, Blocks | Tiles | None]:
-    """Returns x in float32 and cut into blocks, its scales, and the blocks."""
-    blocks, shared = layout.cut(x.shape, axis, quantizer.granularity, quantizer.indivisible)
-    v = lax.convert_element_type(x, jnp.float32)
-    v = v if blocks is None else blocks.split(v)
-    return v, scales.find(v, quantizer, shared, sync, blocks is not None), blocks

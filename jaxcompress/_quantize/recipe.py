@@ -14,10 +14,12 @@ from .. import formats
 from .._core.patterns import matches
 from .._core.sites import Site
 from .._errors import RecipeError
+from .backward import checked
 from .quantizer import Quantizer
 
 _INDIVISIBLE = ("error", "pad", "channel")
 _KINDS = {str: ("pattern", "op", "source"), bool: ("frozen", "shared", "optional")}
+_OPERANDS = {"weight": "channel", "activation": "token", "gradient": "token"}
 _SPELLED = {str: "text", bool: "True or False"}
 
 
@@ -30,7 +32,11 @@ class Rule:
         a trailing `/value` may be left out), or `re:` and a regular expression.
       weight: format name or `Quantizer` of the weight; a name means one scale per channel.
       activation: format name or `Quantizer` of the other operand; a name means per token.
-        Without both, the matching sites are left alone.
+      gradient: format name or `Quantizer` of what flows back into the site: its two backward
+        products are computed in this format, and what they multiply it with in the same one
+        (E4M3 with "float8_e5m2"). A name means one scale for the values that one result sums
+        over. With `rounding="stochastic"` the function takes a `quantize_key=`.
+        Without all three, the matching sites are left alone.
       op: only sites of this primitive, such as `"gather"`. A site of two activations (attention
         scores) or a custom call is touched only by a rule that names its `op`.
       source: only sites whose source line matches this glob, such as `"model.py:*"`.
@@ -48,6 +54,7 @@ class Rule:
     weight: Quantizer | None = None
     activation: Quantizer | None = None
     _: dataclasses.KW_ONLY
+    gradient: Quantizer | None = None
     op: str | None = None
     source: str | None = None
     frozen: bool = False
@@ -70,16 +77,18 @@ class Rule:
                 f"expected one of {_INDIVISIBLE}."
             )
         matches(self.pattern, "")  # a broken regular expression fails here
-        for field, granularity in (("weight", "channel"), ("activation", "token")):
+        for field, granularity in _OPERANDS.items():
             value = getattr(self, field)
             if value is None:
                 continue
             if not isinstance(value, Quantizer):  # a block format brings its own blocks
                 value = Quantizer(value, None if formats.get(value).block else granularity)
-            if value.rounding == "stochastic":
+            if field == "gradient":
+                value = checked(value, self.pattern)
+            elif value.rounding == "stochastic":
                 raise RecipeError(
-                    f"{field} of rule {self.pattern!r}: a recipe has no random key, which "
-                    'rounding="stochastic" needs. Use rounding="half_even".'
+                    f"{field} of rule {self.pattern!r}: only a gradient may be rounded at random. "
+                    'Use rounding="half_even".'
                 )
             if self.indivisible is not None:
                 value = dataclasses.replace(value, indivisible=self.indivisible)
@@ -88,7 +97,7 @@ class Rule:
     @property
     def leaves_alone(self) -> bool:
         """Whether this rule excludes what it matches."""
-        return self.weight is None and self.activation is None
+        return self.weight is None and self.activation is None and self.gradient is None
 
     def matches(self, site: Site) -> bool:
         """Whether pattern, op and source fit the site."""
@@ -115,7 +124,7 @@ class Rule:
         """Inverse of `to_dict`."""
         _known_keys(data, [f.name for f in dataclasses.fields(cls)], "rule", needs=("pattern",))
         data = dict(data)
-        for field in ("weight", "activation"):
+        for field in _OPERANDS:
             if isinstance(data.get(field), dict):
                 if "format" not in data[field]:
                     found = sorted(data[field])

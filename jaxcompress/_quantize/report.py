@@ -26,9 +26,11 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = ("site", "op", "shape", "weight", "activation", "bytes before", "after", "SNR dB")
+_COLUMNS: tuple[str, ...] = (
+    "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after", "SNR dB",
+    "left alone because",
+)  # fmt: skip
 _NUMBERS = ("bytes before", "after", "SNR dB")
-_REASON = "left alone because"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +76,23 @@ class Report:
         from rich.text import Text
 
         table = Table(title=Text(self.title))
-        for column in _COLUMNS:
+        for column in self._columns:
             justify = "right" if column in _NUMBERS else "left"
             table.add_column(column, overflow="fold", justify=justify)
-        table.add_column(_REASON, overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, _cells(row)))  # names are no markup: `['a/b']`
+        for cells in self._cells():
+            table.add_row(*map(Text, cells))  # names are no markup: `['a/b']`
         return table
+
+    @property
+    def _columns(self) -> list[str]:
+        """All columns; that of gradients only if a rule has one."""
+        shown = any(row.gradient for row in self.rows)
+        return [c for c in _COLUMNS if shown or c != "gradient"]
+
+    def _cells(self) -> list[list[str]]:
+        """The texts of each row, as many as there are columns."""
+        rows = (dict(zip(_COLUMNS, _texts(row), strict=True)) for row in self.rows)
+        return [[row[column] for column in self._columns] for row in rows]
 
     def to_html(self, path: str) -> None:
         """Writes the table as a page of HTML."""
@@ -92,12 +104,12 @@ class Report:
     def _repr_html_(self) -> str:
         """The table as HTML, which notebooks show."""
 
-        def line(tag: str, cells: tuple[str, ...] | list[str]) -> str:
+        def line(tag: str, cells: list[str]) -> str:
             return f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"
 
-        body = "".join(line("td", _cells(row)) for row in self.rows)
+        body = "".join(line("td", cells) for cells in self._cells())
         caption = f"<caption>{html.escape(self.title)}</caption>"
-        return f"<table>{caption}{line('th', (*_COLUMNS, _REASON))}{body}</table>"
+        return f"<table>{caption}{line('th', self._columns)}{body}</table>"
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -108,20 +120,20 @@ class Report:
         return text.get()
 
 
-def _cells(row: Row) -> list[str]:
-    snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-    shape = "x".join(map(str, row.shape))
-    sizes = [f"{row.bytes_before:,}", f"{row.bytes_after:,}"]
-    return [
+def _texts(row: Row) -> tuple[str, ...]:
+    """One text for each of the columns."""
+    return (
         row.site,
         row.op,
-        shape,
+        "x".join(map(str, row.shape)),
         row.weight or "",
         row.activation or "",
-        *sizes,
-        snr,
+        row.gradient or "",
+        f"{row.bytes_before:,}",
+        f"{row.bytes_after:,}",
+        "" if row.snr_db is None else f"{row.snr_db:.1f}",
         row.reason,
-    ]
+    )
 
 
 def report(

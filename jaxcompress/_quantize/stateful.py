@@ -15,15 +15,16 @@ from jax import lax
 from .._core import _compat
 from .._core.patterns import nearest
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transformed
+from .._core.transform import ArgNums, Transformed, take_key
 from .._errors import RecipeError, SiteError
 from . import recipes, state
-from .aware import QuantizeAware, Setting
+from .aware import QuantizeAware, Setting, run
 from .dorefa import dorefa_activation, dorefa_weight
 from .lsq import lsq
 from .pact import pact
-from .quantizer import STORED, Quantizer
+from .quantizer import Quantizer
 from .recipe import Recipe
+from .settings import STORED
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +122,7 @@ class StatefulQuantizeAware(QuantizeAware):
                 sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
                 x = quantizer.fake_quantize(x, axis, sync=sync)
             values.append(x)
-        return bind(*values), new or None
+        return run(site, setting, bind, values, learned), new or None
 
 
 def _rounded(
@@ -219,8 +220,9 @@ def quantize_aware_with_state(
         return calibration.state()
 
     def apply(state: QuantState, *args, **kwargs) -> tuple[Any, QuantState]:
+        key = take_key(fn, inner.transform, kwargs)
         ranges = lax.stop_gradient(state.statistics["ranges"])
-        out, ranges = inner.call(state.learned, ranges, args, kwargs)
+        out, ranges = inner.call(state.learned, ranges, args, kwargs, key)
         weight = jnp.zeros_like(state.statistics["weight"])
         return out, QuantState(state.learned, {"ranges": ranges, "weight": weight})
 

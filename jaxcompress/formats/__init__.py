@@ -4,6 +4,7 @@
 from ._base import Format as Format
 from ._bfloat16 import BFloat16 as BFloat16
 from ._bfloat16 import bfloat16 as bfloat16
+from ._block import BlockFormat as BlockFormat
 from ._codebook import Codebook as Codebook
 from ._codebook import codebook as codebook
 from ._codebook import codebook_from_data as codebook_from_data
@@ -51,6 +52,7 @@ from ._ternary import Binary as Binary
 from ._ternary import Ternary as Ternary
 from ._ternary import binary as binary
 from ._ternary import ternary as ternary
+from ._ternary import ternary_base3 as ternary_base3
 
 int1, int2, int3, int4, int5, int6, int7, int8 = (integer(bits) for bits in range(1, 9))
 uint1, uint2, uint3, uint4, uint5, uint6, uint7, uint8 = (

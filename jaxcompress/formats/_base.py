@@ -7,7 +7,7 @@ A format is a finite grid of numbers. With a scale s and an integer zero point z
 
 in float32 whatever the dtype of x (ONNX QuantizeLinear and DequantizeLinear). A new format
 subclasses `Format` once, gives its grid and its rounding, and joins the table in `_table.py`.
-A block format also says how its scales are stored, see `_mx.py`.
+A block format also says how its scales are stored, see `_block.py`.
 """
 
 import abc
@@ -21,6 +21,7 @@ from jax import lax
 from jax.core import Tracer
 
 from .._errors import FormatError
+from ._pack import pack, packed_nbytes, unpack
 from ._rounding import check, to_integer
 
 # Under this the reciprocal of a scale overflows, or the scale itself is flushed to zero.
@@ -44,7 +45,7 @@ class Format(abc.ABC):
         default_range: how `Quantizer` finds scales when it is not told: "absmax", "minmax",
             "absmean", or "fixed" for formats that are used without a scale.
         top: the number of the grid that the largest absolute value is mapped to.
-        code_bits: bits of a code in storage, without scales.
+        code_bits: bits of a code, without scales.
     """
 
     name: str
@@ -115,6 +116,25 @@ class Format(abc.ABC):
         """Returns float32 arrays whose product is the scale that was stored."""
         return (jnp.asarray(scale).astype(jnp.float32),)
 
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """Returns the codes as they are stored, packed along the last axis.
+
+        Args:
+            codes: of dtype `self.dtype`, [..., n].
+
+        Returns:
+            uint8 of codes that are smaller than a byte; larger ones as they are.
+        """
+        return codes if self.code_bits >= 8 else pack(codes, self.code_bits)
+
+    def unpack(self, packed: jax.Array, size: int) -> jax.Array:
+        """Returns the codes, [..., size], of what `pack` made of them."""
+        return packed if self.code_bits >= 8 else unpack(packed, self.code_bits, size, self.dtype)
+
+    def packed_nbytes(self, shape: tuple[int, ...]) -> int:
+        """Returns the bytes that `pack` makes of codes of that shape."""
+        return packed_nbytes(shape, self.code_bits)
+
     def settings(self) -> dict[str, Any] | None:
         """Returns {"maker": name, argument: value, ...} of a format that a maker makes."""
         return None
@@ -157,12 +177,12 @@ class Format(abc.ABC):
         x = jnp.asarray(x)
         check_floating(x.dtype, f"{self.name}.encode")
         check(rounding, key)
-        v = divide(x.astype(jnp.float32), self.factors(scale))
-        if not self.has_nan:
-            reject_nan(v, self.name)
+        factors = self.factors(scale)
+        v = divide(x.astype(jnp.float32), factors)
+        self.check_nan(v, factors)
         if zero_point is not None:
             self._check_affine()
-            v = to_integer(v, rounding, key) + _float32_like(zero_point, x.shape)
+            v = to_integer(v, rounding, key) + float32_like(zero_point, x.shape)
             rounding = "half_even"
         return self.to_codes(self.round(v, rounding, key))
 
@@ -191,8 +211,13 @@ class Format(abc.ABC):
         v = self.from_codes(codes)
         if zero_point is not None:
             self._check_affine()
-            v = v - _float32_like(zero_point, codes.shape)
+            v = v - float32_like(zero_point, codes.shape)
         return multiply(v, self.factors(scale))
+
+    def check_nan(self, v: jax.Array, factors: tuple[jax.Array, ...]) -> None:
+        """Raises FormatError if v, which was divided by the factors, has NaNs and codes cannot."""
+        if not self.has_nan:
+            reject_nan(v, self.name)
 
     def _check_affine(self) -> None:
         if not self.affine:
@@ -238,16 +263,17 @@ def safe_scale(extent: jax.Array, top: float, *, signed: bool = False) -> jax.Ar
 def divide(v: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
     """Returns float32 v divided by each factor in turn."""
     for factor in factors:
-        v = lax.div(v, _float32_like(factor, v.shape))
+        v = lax.div(v, float32_like(factor, v.shape))
     return v
 
 
 def multiply(v: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
     """Returns float32 v multiplied by each factor in turn."""
     for factor in factors:
-        v = lax.mul(v, _float32_like(factor, v.shape))
+        v = lax.mul(v, float32_like(factor, v.shape))
     return v
 
 
-def _float32_like(a: Any, shape: tuple[int, ...]) -> jax.Array:
+def float32_like(a: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a in float32, broadcast to the shape."""
     return jnp.broadcast_to(jnp.asarray(a).astype(jnp.float32), shape)

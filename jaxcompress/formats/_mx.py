@@ -18,6 +18,7 @@ import numpy as np
 
 from .._errors import FormatError
 from ._base import Format
+from ._block import BlockFormat
 from ._e8m0 import check_rule, e8m0_factors, e8m0_scale
 from ._fixed import FixedPoint, fixed_point
 from ._minifloat import (
@@ -31,35 +32,15 @@ from ._minifloat import (
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class MX(Format):
+class MX(BlockFormat):
     """Elements of a small format and an E8M0 scale, stored as uint8, for each block.
 
     `encode` and `decode` are those of the elements. They take the scale in float, or as uint8
     exponents with the bias 127. A NaN or infinity makes NaN of the scale and the block.
     """
 
-    element: Format
     scale_rule: str
     block: int = 32  # type: ignore[assignment]
-
-    has_nan = True
-
-    def values(self) -> np.ndarray:
-        return self.element.values()
-
-    def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
-        return self.element.round(v, rounding, key)
-
-    def to_codes(self, grid: jax.Array) -> jax.Array:
-        zero = jnp.zeros((), grid.dtype)  # the scale says NaN
-        return self.element.to_codes(jnp.where(jnp.isnan(grid), zero, grid))
-
-    def from_codes(self, codes: jax.Array) -> jax.Array:
-        return self.element.from_codes(codes)
-
-    @property
-    def code_bits(self) -> int:
-        return self.element.code_bits
 
     @property
     def scale_dtype(self) -> np.dtype:
@@ -71,20 +52,6 @@ class MX(Format):
     def factors(self, scale: Any, global_scale: Any = None) -> tuple[jax.Array, ...]:
         scale = jnp.asarray(scale)
         return e8m0_factors(scale) if scale.dtype == jnp.uint8 else super().factors(scale)
-
-    def encode(
-        self,
-        x: Any,
-        scale: Any = 1.0,
-        zero_point: Any = None,
-        *,
-        rounding: str = "half_even",
-        key: Any = None,
-    ) -> jax.Array:
-        factors = self.factors(scale)
-        if len(factors) == 1:
-            return self.element.encode(x, scale, zero_point, rounding=rounding, key=key)
-        return super().encode(x, scale, zero_point, rounding=rounding, key=key)
 
     def settings(self) -> dict[str, Any]:
         element = self.element.settings() if isinstance(self.element, FixedPoint) else None

@@ -16,43 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._base import Format, safe_scale
-from ._minifloat import Minifloat, float4_e2m1fn, float8_e4m3fn
+from ._base import safe_scale
+from ._block import BlockFormat
+from ._minifloat import float4_e2m1fn, float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class NVFP4(Format):
+class NVFP4(BlockFormat):
     """E2M1 elements with scales of two levels. Scales are stored as `float8_e4m3fn`.
 
     Attributes:
-        element: the format of the elements.
         scale_top: the E4M3 number that the largest scale of the tensor is mapped to.
         search: how many times the extent of a block its scale is made for, tried in this order.
     """
 
-    element: Minifloat
     scale_top: float
     search: tuple[float, ...]
 
-    has_nan: ClassVar[bool] = True  # the scale says so
     block: ClassVar[int] = 16
     two_level: ClassVar[bool] = True
-
-    def values(self) -> np.ndarray:
-        return self.element.values()
-
-    def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
-        return self.element.round(v, rounding, key)
-
-    def to_codes(self, grid: jax.Array) -> jax.Array:
-        return self.element.to_codes(grid)
-
-    def from_codes(self, codes: jax.Array) -> jax.Array:
-        return self.element.from_codes(codes)
-
-    @property
-    def code_bits(self) -> int:
-        return self.element.code_bits
 
     @property
     def scale_dtype(self) -> np.dtype:
@@ -71,19 +53,6 @@ class NVFP4(Format):
     def factors(self, scale: Any, global_scale: Any = None) -> tuple[jax.Array, ...]:
         scale = jnp.asarray(scale).astype(jnp.float32)
         return (scale if global_scale is None else scale * global_scale,)
-
-    def encode(
-        self,
-        x: Any,
-        scale: Any = 1.0,
-        zero_point: Any = None,
-        *,
-        rounding: str = "half_even",
-        key: Any = None,
-    ) -> jax.Array:
-        return self.element.encode(
-            x, self.factors(scale)[0], zero_point, rounding=rounding, key=key
-        )
 
 
 def _make(name: str, scale_top: float, search: tuple[float, ...]) -> NVFP4:

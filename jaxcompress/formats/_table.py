@@ -14,7 +14,7 @@ from ._e8m0 import float8_e8m0fnu
 from ._fixed import fixed_point
 from ._integer import integer
 from ._nvfp4 import nvfp4, nvfp4_four_over_six
-from ._ternary import binary, ternary
+from ._ternary import binary, ternary, ternary_base3
 
 TABLE = types.MappingProxyType(
     {
@@ -24,6 +24,7 @@ TABLE = types.MappingProxyType(
             *(integer(bits, narrow=False) for bits in range(3, 9)),
             *(integer(bits, signed=False) for bits in range(1, 9)),
             ternary,
+            ternary_base3,
             binary,
             _minifloat.float16,
             bfloat16,

@@ -8,6 +8,7 @@ set |w| <= 0.7 mean|w| to zero and take the mean of the rest: the range "twn".
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -16,13 +17,19 @@ import numpy as np
 from jax import lax
 
 from ._base import Format
+from ._base3 import pack_base3, unpack_base3
 from ._rounding import to_integer
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Ternary(Format):
-    """-1, 0 and 1, stored in two bits of two's complement."""
+    """-1, 0 and 1.
 
+    Attributes:
+        packing: "bits" for two bits of two's complement, "base3" for five values a byte.
+    """
+
+    packing: str = "bits"
     default_range: ClassVar[str] = "absmean"
 
     def values(self) -> np.ndarray:
@@ -31,6 +38,23 @@ class Ternary(Format):
     def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
         v = to_integer(jnp.asarray(v), rounding, key)
         return lax.clamp(np.float32(-1), v, np.float32(1))
+
+    @property
+    def code_bits(self) -> int:
+        return 2
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return pack_base3(codes) if self.packing == "base3" else super().pack(codes)
+
+    def unpack(self, packed: jax.Array, size: int) -> jax.Array:
+        return (
+            unpack_base3(packed, size) if self.packing == "base3" else super().unpack(packed, size)
+        )
+
+    def packed_nbytes(self, shape: tuple[int, ...]) -> int:
+        if self.packing != "base3":
+            return super().packed_nbytes(shape)
+        return math.prod(shape[:-1]) * -(-shape[-1] // 5)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -60,4 +84,5 @@ class Binary(Format):
 
 
 ternary = Ternary("ternary", 2, -1.0, 1.0, jnp.dtype(jnp.int8))
+ternary_base3 = dataclasses.replace(ternary, name="ternary_base3", bits=8 / 5, packing="base3")
 binary = Binary("binary", 1, -1.0, 1.0, jnp.dtype(jnp.uint8))

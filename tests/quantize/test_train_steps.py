@@ -339,10 +339,8 @@ def test_data_parallel(recipe, check):
         values, states, g = zip(*(one(weights, state, row[None]) for row in x))
         return averaged(values), averaged(states), averaged(g)
 
-    if check and recipe is EMA:
+    if check:
         explicit = one
-    elif check:
-        pytest.skip("the number of values that share a step is that of all devices, not of one")
     assert_threaded(
         jc.quantize_aware(step, recipe), explicit_step(explicit, ADAM), state, tx, tolerance=SUMS
     )
@@ -392,6 +390,49 @@ def test_a_gradient_without_statistics_keeps_them():
         g = jax.tree.map(lambda x, bad=bad: jnp.full_like(x, bad), params)
         updates, _ = tx.update(g, tx.init(params), params)
         assert_same(optax.apply_updates(params, updates).statistics, params.statistics)
+
+
+def normalized(g):
+    """Leaf by leaf, as LARS, LAMB and normalized gradient descent do."""
+    return jax.tree.map(lambda g: g / jnp.linalg.norm(g), g)
+
+
+def large(g):
+    return jax.tree.map(lambda g: g * jnp.where(jnp.linalg.norm(g) < 1e-9, 2.0**64, 1.0), g)
+
+
+@pytest.mark.parametrize("rescale", [normalized, large])
+@recipes
+def test_leaf_by_leaf_rescaling_outside_of_quant_tx_raises(recipe, rescale):
+    tx = jc.quant_tx(ADAM)
+
+    def step(p, opt, x):
+        g = rescale(jax.grad(loss_of(mlp))(p, x))
+        updates, opt = tx.update(g, opt, p)
+        return optax.apply_updates(p, updates), opt
+
+    params = jc.quant_params(mlp, recipe)(PARAMS, X)
+    step = jc.quantize_aware(jax.jit(step), recipe)
+    params, opt = step(params, tx.init(params), X)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(params.statistics))
+    with pytest.raises(jc.RecipeError, match="rescaled leaf by leaf.*Rescale inside of it"):
+        step(params, opt, X)
+
+
+def test_gradients_in_half_precision():
+    params = jc.quant_params(mlp, EMA)(PARAMS, X)
+    tx = jc.quant_tx(optax.sgd(0.1))
+
+    def step(dtype, p, x):
+        g = jax.tree.map(lambda g: g.astype(dtype), jax.grad(loss_of(mlp))(p, x))
+        updates, _ = tx.update(g, tx.init(p), p)
+        return optax.apply_updates(p, updates)
+
+    with pytest.raises(jc.JaxCompressError, match="cast to float16.*or to bfloat16"):
+        jc.quantize_aware(step, EMA, argnums=1)(jnp.float16, params, X)
+    got = jc.quantize_aware(step, EMA, argnums=1)(jnp.bfloat16, params, X).statistics
+    want = jc.quantize_aware(step, EMA, argnums=1)(jnp.float32, params, X).statistics
+    assert_same(got, want, 2.0**-7)  # a quotient of two bfloat16
 
 
 # ---------------------------------------------------------------------- frameworks
@@ -622,6 +663,46 @@ def test_nnx_errors_of_a_recipe_with_state():
     optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
     with pytest.raises(jc.RecipeError, match="'head' matches nothing.*Nearest sites: `a/kernel"):
         jc.quantize_aware(nnx.jit(train_step), wrong)(model, optimizer, X)
+
+
+def test_nnx_rescaling_leaf_by_leaf_raises():
+    def train_step(model, optimizer, x):
+        g = normalized(nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+        optimizer.update(model, g)
+
+    model = jc.quant_params(lambda model, x: model(x), EMA)(Net(nnx.Rngs(0)), X)
+    step = jc.quantize_aware(nnx.jit(train_step), EMA)
+    optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
+    step(model, optimizer, X)
+    with pytest.raises(jc.RecipeError, match="rescaled leaf by leaf.*Rescale inside of it"):
+        step(model, optimizer, X)
+
+
+def test_nnx_state_and_random_gradients():
+    """A key with stored ranges: the same key gives the same bits, another one others."""
+    gradient = jc.Quantizer("int8", "token", rounding="stochastic")
+    activation = jc.Quantizer("int8", "tensor", range="ema")
+    recipe = jc.Recipe([jc.Rule("*", "int8", activation, gradient=gradient)])
+
+    def train_step(model, optimizer, x):
+        g = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, g)
+
+    step = jc.quantize_aware(train_step, recipe)
+
+    def after(seed):
+        model = jc.quant_params(lambda model, x: model(x), recipe)(Net(nnx.Rngs(0)), X)
+        optimizer = nnx.Optimizer(model, jc.quant_tx(optax.sgd(0.1)), wrt=nnx.Param)
+        step(model, optimizer, 2 * X, quantize_key=jax.random.key(seed))
+        return model.a.kernel.get_value(), model.quantization.get_value().statistics["ranges"]
+
+    (a, ranges), (b, _), (c, _) = after(0), after(0), after(1)
+    assert_same(a, b)
+    assert np.any(a != c)
+    high = 0.99 * jnp.max(jnp.abs(X)) + 0.01 * jnp.max(jnp.abs(2 * X))
+    found = ranges["a/kernel/value"]["activation"]
+    np.testing.assert_allclose(found["high"].item(), high, rtol=1e-6)
+    assert found["count"] == 2
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", EMA], ids=["w8a8", "ema"])

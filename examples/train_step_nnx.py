@@ -12,6 +12,9 @@ from sklearn.datasets import load_digits
 import jaxcompress as jc
 
 STEPS = 300
+ADAM = optax.adam(3e-3)
+ACTIVATION = jc.Quantizer("int8", "tensor", range="ema", momentum=0.95)
+AVERAGED = jc.Recipe([jc.Rule("*/kernel", "int4", ACTIVATION)])
 
 images, labels = load_digits(return_X_y=True)
 images = (images / 16).astype("float32")
@@ -42,9 +45,8 @@ def forward(model, x):
     return model(x)
 
 
-def fit(step):
-    model = MLP(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+def fit(step, model, tx=ADAM):
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for i in range(STEPS):
         rows = jax.random.randint(jax.random.key(i), (128,), 0, len(train[0]))
         step(model, optimizer, train[0][rows], train[1][rows])
@@ -57,10 +59,16 @@ def accuracy(f, model):
 
 def main():
     print(f"{'recipe':<14}{'test accuracy':>14}")
-    print(f"{'float32':<14}{accuracy(forward, fit(train_step)):>13.1f}%")
+    model = fit(train_step, MLP(nnx.Rngs(0)))
+    print(f"{'float32':<14}{accuracy(forward, model):>13.1f}%")
     for name in ("w8a8", "w4a8-g32"):
-        model = fit(jc.quantize_aware(train_step, name))  # the one line
+        model = fit(jc.quantize_aware(train_step, name), MLP(nnx.Rngs(0)))  # the one line
         print(f"{name:<14}{accuracy(jc.quantize_aware(forward, name), model):>13.1f}%")
+
+    # Ranges that are averaged while it trains are one more parameter of the model.
+    model = jc.quant_params(forward, AVERAGED)(MLP(nnx.Rngs(0)), train[0][:256])
+    model = fit(jc.quantize_aware(train_step, AVERAGED), model, jc.quant_tx(ADAM))
+    print(f"{'int4 x int8':<14}{accuracy(jc.quantize_aware(forward, AVERAGED), model):>13.1f}%")
 
 
 if __name__ == "__main__":

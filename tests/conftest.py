@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, strict rank promotion, and the twins that tests compare with."""
 
+import gzip
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -8,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +19,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key() -> jax.Array:
     """A PRNG key, the same in every test."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def noise_images(tmp_path, monkeypatch) -> None:
+    """Noise in the files of Fashion-MNIST: 256 images to train with, 1000 to test."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 256), ("t10k", 1000)):
+        images = rng.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
+        labels = rng.integers(0, 10, n, np.uint8).tobytes()
+        for name, header, data in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            path = tmp_path / f"{part}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(bytes(header) + data, 1))
+    monkeypatch.setenv("FMNIST_DIR", str(tmp_path))

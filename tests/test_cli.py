@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, from its words to what is on the disk and on the screen."""
 
-import gzip
 import importlib.metadata
 import json
 import os
@@ -485,16 +484,8 @@ def test_fashion_mnist_says_how_to_get_the_data(folder, fails, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fashion_mnist_runs_on_images_of_its_kind(folder, monkeypatch):
-    """A few steps on noise in the files' own format: the data set need not be there."""
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 256), ("t10k", 1000)):
-        images = rng.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
-        labels = rng.integers(0, 10, n, np.uint8).tobytes()
-        for name, header, data in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
-            path = folder / f"{part}-{name}-ubyte.gz"
-            path.write_bytes(gzip.compress(bytes(header) + data, 1))
-    monkeypatch.setenv("FMNIST_DIR", str(folder))
+def test_fashion_mnist_runs_on_images_of_its_kind(folder, noise_images):
+    """A few steps on noise: the data set need not be there."""
     words = ["compress", str(EXAMPLES / "fashion_mnist.py"), "--steps", "2", "--float-steps", "2"]
     assert main([*words, "--out", "out"]) == 0
     result = json.loads((folder / "out/report.json").read_text())

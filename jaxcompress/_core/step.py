@@ -66,8 +66,10 @@ class TypedCall:
         inner, (args, kwargs) = self.inner, inputs.unpack()
         held = typed.only((args, kwargs))
         floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
-        own, leaves = label_arguments((held.weights,), {}, (0,))
-        labels, paths = typed.labels_of((args, kwargs), own, floats), [path for path, _ in leaves]
+        own, leaves = self._parameters(held, args, kwargs, floats)
+        if held.weights is not None:
+            own = typed.labels_of((args, kwargs), own, floats)
+        labels, paths = own, [path for path, _ in leaves]
         call, arrays = split(typed.unwrap((args, kwargs)), floats)
         found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths, key)
         sites = _distinct(found.sites)
@@ -80,22 +82,32 @@ class TypedCall:
         out, state = traced.run(inner.transform, arrays, held.learned, state, key)
         return typed.deliver(out, held, state)
 
+    def _parameters(self, held: typed.TypedParams, args: tuple, kwargs: dict, floats: bool = True):
+        """`label_arguments` of the weights, or of the arguments if these hold them themselves."""
+        if held.weights is not None:
+            return label_arguments((held.weights,), {}, (0,))
+        return label_arguments(args, kwargs, self.inner._params(args, kwargs), floats)
+
     def _step(self, inputs: Packed, key: Any) -> Any:
         inner, (args, kwargs) = self.inner, inputs.unpack()
         arrays, labels = inputs.arrays, [DATA] * len(inputs.arrays)
         found = inner.region.analyze(inner.fn, inputs.call, arrays, labels, _constants, (), key)
         if not found.covered:
             held = typed.find((args, kwargs))[0]
-            paths = [path for path, _ in label_arguments((held.weights,), {}, (0,))[1]]
+            paths = [path for path, _ in self._parameters(held, args, kwargs)[1]]
             inner.transform.check(_distinct(found.sites), paths)
         if not found.restored and _is_updated(found.staged, inputs):
-            raise RecipeError(
-                f"{name_of(inner.fn)} updates QuantParams with an optimizer that was not wrapped: "
-                "it would descend along the statistics. Use jaxcompress.quant_tx(optimizer) where "
-                "the optimizer is made, outermost."
-            )
+            raise _not_wrapped(inner)
         traced = Traced(found.plan.select(frozenset()), found.staged, {}, (), ())
         return traced.run(inner.transform, arrays, {}, {}, key)[0]
+
+
+def _not_wrapped(inner: Transformed) -> RecipeError:
+    return RecipeError(
+        f"{name_of(inner.fn)} updates QuantParams with an optimizer that was not wrapped: "
+        "it would descend along the statistics. Use jaxcompress.quant_tx(optimizer) where "
+        "the optimizer is made, outermost."
+    )
 
 
 def _constants(count: int) -> list[Label]:
@@ -152,7 +164,8 @@ class MutatingStep:
     """Calls a step that changes its arguments in place: Flax NNX models and optimizers.
 
     They are not taken apart: the step runs as it is, and only what it differentiates is
-    transformed. What it differentiates are the parameters; what it closes over is data.
+    transformed. What it differentiates are the parameters; what it closes over is data. State
+    comes and goes with a variable of the model.
     """
 
     def __init__(self, inner: Transformed):
@@ -160,6 +173,7 @@ class MutatingStep:
         self.scope = self._scope(None)
         self.known: dict[Any, bool] = {}
         self.keyed: dict[Any, Callable] = {}
+        self.looks = 2  # as above
 
     def _scope(self, outer: autodiff.Scope | None) -> autodiff.Scope:
         region = functools.partial(self.inner.region.differentiated, ())
@@ -175,6 +189,9 @@ class MutatingStep:
         return self.known[call]
 
     def __call__(self, args: tuple, kwargs: dict, key: Any = None) -> Any:
+        if self.looks and (held := typed.find((args, kwargs))):
+            self.looks -= 1
+            _check_weight(held[0])
         if key is not None:
             return self._with_key(key, args, kwargs)
         outer = autodiff.SCOPE.value
@@ -220,14 +237,21 @@ def _holds_objects(tree: Any) -> bool:
 
 def _differentiates_and_mutates(inner: Transformed, args: tuple, kwargs: dict) -> bool:
     autodiff.install()
-    scope, changed = autodiff.Scope(), []
+    scope, changed, descended = autodiff.Scope(), [], []
 
     def watched(*args, **kwargs):  # on copies: the arguments themselves do not change
-        before = split((args, kwargs))[1]
+        def look():
+            held = [x.statistics["weight"] for x in typed.find((args, kwargs))]
+            return split((args, kwargs))[1], held
+
+        before, old = look()
         inner.fn(*args, **kwargs)
-        after = split((args, kwargs))[1]
+        after, new = look()
         changed[:] = [len(before) != len(after) or any(map(operator.is_not, before, after))]
+        descended[:] = [any(map(operator.is_not, old, new))]
 
     with autodiff.SCOPE(scope):
         inner._with_floats(lambda x: stage(watched, x.call, x.arrays), args, kwargs)
+    if scope.typed and descended[0] and not scope.restored:
+        raise _not_wrapped(inner)
     return scope.count > 0 and changed[0]

@@ -231,12 +231,13 @@ class _Region(NamedTuple):
             plain = typed.unwrap(args)
             call, arrays = split((plain, {}))
             names, around = paths, closure
-            if held is not None:
+            if held is not None and held.weights is not None:
                 own, leaves = label_arguments((held.weights,), {}, (0,))
                 names, known = [path for path, _ in leaves], typed.labels_of(args, own)
                 around = _foreign(closure)
             elif labels is None:
-                known, leaves = label_arguments(plain, {}, range(len(plain)))
+                ours = [i for i, x in enumerate(args) if not held or typed.find(x)]
+                known, leaves = label_arguments(plain, {}, ours)
                 names = [_plain_path(path) for path, _ in leaves]
             else:
                 known = labels
@@ -530,10 +531,10 @@ def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 
 
     def wrapped(*args, **kwargs):
         key = take_key(fn, transform, kwargs)
-        if typed.find((args, kwargs)):
-            return typed_call(args, kwargs, key)
         if mutating.wanted(args, kwargs):
             return mutating(args, kwargs, key)
+        if typed.find((args, kwargs)):
+            return typed_call(args, kwargs, key)
         return inner.call({}, {}, args, kwargs, key)[0]
 
     with contextlib.suppress(AttributeError, TypeError):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._errors import JaxCompressError
+from .._errors import JaxCompressError, RecipeError
 from . import _compat
 from .provenance import DATA, Label
 from .qtensor import is_qtensor
@@ -34,7 +34,8 @@ class TypedParams:
     """Weights, and what a transform keeps for its sites. Subclasses are registered pytrees.
 
     Attributes:
-      weights: the parameters as the function knows them.
+      weights: the parameters as the function knows them; None if they lie around it, as the
+        other variables of a Flax NNX model do.
       learned: by site name, arrays that are trained with the weights.
       statistics: `{"ranges": by site name, arrays that follow the data, "weight": scalar 0}`.
     """
@@ -73,8 +74,12 @@ def only(tree: Any) -> TypedParams:
 
 
 def unwrap(tree: Any) -> Any:
-    """The pytree with the weights alone."""
-    return jax.tree.map(lambda x: x.weights if is_typed(x) else x, tree, is_leaf=is_typed)
+    """The pytree with the weights alone; what lies beside its weights stays as it is."""
+
+    def weights(x):
+        return x.weights if is_typed(x) and x.weights is not None else x
+
+    return jax.tree.map(weights, tree, is_leaf=is_typed)
 
 
 def unwrapping(fn: Callable) -> Callable:
@@ -82,7 +87,16 @@ def unwrapping(fn: Callable) -> Callable:
 
     @functools.wraps(fn, updated=())
     def run(*args, **kwargs):
-        return fn(*unwrap(args), **unwrap(kwargs))
+        try:
+            return fn(*unwrap(args), **unwrap(kwargs))
+        except ValueError as e:  # JAX's, where two trees were to be put together
+            if "QuantParams" not in str(e) or isinstance(e, JaxCompressError):
+                raise
+        raise RecipeError(
+            "QuantParams reach what is differentiated in two parts, as Equinox's filters make "
+            "them. There, wrap the loss and leave the step as it is: "
+            "eqx.filter_value_and_grad(jaxcompress.quantize_aware(loss, recipe))."
+        )
 
     return run
 

@@ -316,6 +316,7 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     that should be new at every step; it is needed where something is differentiated.
 
     Steps that change Flax NNX objects in place work too: what they differentiate is transformed.
+    A model of `jc.quant_params` keeps the state of such a step.
 
     Args:
       fn: a forward pass, a loss, or a function that calls `jax.grad` and its relatives.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,13 @@ class QuantParams(typed.TypedParams):
     statistics come back with the gradient and `jc.quant_tx` puts them in place.
 
     Attributes:
-      weights: the parameters.
+      weights: the parameters; None in a variable of an NNX model, whose others they are.
       learned: by site name, step sizes and clipping values; the optimizer trains them.
       statistics: ranges and counts by site name, and the scalar `weight`, always 0.
     """
 
 
-def quant_params(fn: Callable, recipe: str | Recipe) -> Callable[..., QuantParams]:
+def quant_params(fn: Callable, recipe: str | Recipe) -> Callable[..., Any]:
     """Makes the `QuantParams` of a function for a recipe.
 
     Args:
@@ -42,6 +43,8 @@ def quant_params(fn: Callable, recipe: str | Recipe) -> Callable[..., QuantParam
       A function of `(params, *inputs)` that runs `fn` once on them, in float, and returns
       `params` with the first ranges and step sizes. For a calibration over several batches:
       `QuantParams(params, state.learned, state.statistics)` with the state of `jc.calibrate`.
+      Of a Flax NNX model: a copy that holds them as one more parameter, `quantization`, whose
+      value is `QuantParams(None, learned, statistics)`; steps change it in place.
 
     Raises:
       RecipeError, SiteError: as `quantize_aware_with_state`.
@@ -55,9 +58,15 @@ def quant_params(fn: Callable, recipe: str | Recipe) -> Callable[..., QuantParam
     """
     init, _ = quantize_aware_with_state(fn, recipe)
 
-    def make(params: Any, *inputs: Any, **kwargs: Any) -> QuantParams:
+    def make(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         state = init(params, *inputs, **kwargs)
-        return QuantParams(params, state.learned, state.statistics)
+        nnx = sys.modules.get("flax.nnx")
+        if nnx is None or not isinstance(params, nnx.Module):
+            return QuantParams(params, state.learned, state.statistics)
+        model = nnx.clone(params)
+        held = QuantParams(None, state.learned, state.statistics)
+        setattr(model, "quantization", nnx.Param(held))  # noqa: B010
+        return model
 
     return make
 
@@ -96,14 +105,16 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
             raise TypeError("quant_tx needs the parameters: tx.update(gradients, state, params).")
         trained, state = tx.update(_trained(updates), state, _trained(params), **extra)
 
-        def put(old: Any, gradient: Any, change: Any) -> Any:
-            if not typed.is_typed(old):
+        def put(leaf: Any, gradient: Any, change: Any) -> Any:
+            old = _held(leaf)
+            if old is None:
                 return change
-            new = typed.restored(gradient, old)
-            moved = jax.tree.map(jnp.subtract, new, old.statistics)
-            return dataclasses.replace(old, weights=change[0], learned=change[1], statistics=moved)
+            weights, learned = (None, change) if old.weights is None else change
+            new = typed.restored(typed.only(gradient), old)
+            moved = QuantParams(weights, learned, jax.tree.map(jnp.subtract, new, old.statistics))
+            return jax.tree.map(lambda _: moved, leaf, is_leaf=typed.is_typed)
 
-        leaves, tree = jax.tree.flatten(params, is_leaf=typed.is_typed)
+        leaves, tree = jax.tree.flatten(params, is_leaf=_holds)
         parts = (tree.flatten_up_to(t) for t in (updates, trained))
         done = [put(*leaf) for leaf in zip(leaves, *parts, strict=True)]
         return jax.tree.unflatten(tree, done), state
@@ -112,9 +123,27 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _trained(tree: Any) -> Any:
-    """The pytree with (weights, learned) for every `QuantParams`."""
+    """The pytree with (weights, learned) for every `QuantParams`; learned where it has no weights.
+
+    No variable of NNX is left around them: an `nnx.Optimizer` takes apart what one holds.
+    """
 
     def pick(x: Any) -> Any:
-        return (x.weights, x.learned) if typed.is_typed(x) else x
+        held = _held(x)
+        if held is None:
+            return x
+        return held.learned if held.weights is None else (held.weights, held.learned)
 
-    return jax.tree.map(pick, tree, is_leaf=typed.is_typed)
+    return jax.tree.map(pick, tree, is_leaf=_holds)
+
+
+def _held(x: Any) -> QuantParams | None:
+    """What x is, or holds if it is a variable of Flax NNX; None if that is no `QuantParams`."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(x, nnx.Variable):
+        x = x.get_raw_value()
+    return x if isinstance(x, QuantParams) else None
+
+
+def _holds(x: Any) -> bool:
+    return _held(x) is not None

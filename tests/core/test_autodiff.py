@@ -3,6 +3,7 @@
 
 import threading
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,8 +114,57 @@ def muon():
     return optax.stateless(lambda g, p: jax.tree.map(orthogonal, g))
 
 
-def test_matmuls_of_the_optimizer_are_not_touched():
-    tx = muon()
+def shampoo():
+    """L^(-1/4) g R^(-1/4) with L = sum g g^T and R = sum g^T g (Gupta et al. 2018, algorithm 1).
+
+    One root is that of the eigenvalues, the other is the inverse square root of a square root by
+    coupled Newton-Schulz rounds: matmuls of both kinds that optimizers have.
+    """
+
+    def by_eigenvalues(m):
+        values, q = jnp.linalg.eigh(m)
+        return (q * values[None] ** -0.25) @ q.T
+
+    def inverse_square_root(m):
+        norm, eye = jnp.linalg.norm(m), jnp.eye(len(m))
+        y, z = m / norm, eye
+        for _ in range(8):
+            t = 1.5 * eye - 0.5 * z @ y
+            y, z = y @ t, t @ z
+        return y * norm**0.5, z / norm**0.5
+
+    def init(p):
+        return jax.tree.map(lambda w: tuple(0.1 * jnp.eye(n) for n in w.shape), p)
+
+    def update(g, state, p=None):
+        sums = jax.tree.map(lambda g, s: (s[0] + g @ g.T, s[1] + g.T @ g), g, state)
+
+        def direction(g, s):
+            right = inverse_square_root(inverse_square_root(s[1])[0])[1]
+            return -0.05 * by_eigenvalues(s[0]) @ g @ right
+
+        return jax.tree.map(direction, g, sums), sums
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_the_shampoo_is_what_it_says():
+    tx, g = shampoo(), normal(3, 4, seed=7)
+    update, sums = tx.update(g, tx.init(g))
+    expected = []
+    for m in (g @ g.T, g.T @ g):
+        values, q = np.linalg.eigh(0.1 * np.eye(len(m)) + np.asarray(m, np.float64))
+        expected.append((q * values**-0.25) @ q.T)
+    left, right = expected
+    np.testing.assert_allclose(update, -0.05 * left @ g @ right, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sums[1], 0.1 * np.eye(4) + g.T @ g, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "per_weight"), [(muon, 3 * 2), (shampoo, 2 + 1 + 2 * 8 * 3 + 2)], ids=lambda x: x
+)
+def test_matmuls_of_the_optimizer_are_not_touched(make, per_weight):
+    tx = make()
     step = step_of(loss, tx)
     assert_steps(step, step_of(jc.quantize_aware(loss, "w8a8"), tx), tx, SUMS)
     text = str(jax.make_jaxpr(jc.quantize_aware(step, "w8a8"))(PARAMS, tx.init(PARAMS), X))
@@ -122,7 +172,7 @@ def test_matmuls_of_the_optimizer_are_not_touched():
     assert text.count("name=jaxcompress_fake_quantize") == one.count(
         "name=jaxcompress_fake_quantize"
     )
-    assert text.count("dot_general[") == one.count("dot_general[") + 2 * 3 * 2
+    assert text.count("dot_general[") == one.count("dot_general[") + 2 * per_weight
 
 
 def test_distillation_from_a_float_teacher():
@@ -179,6 +229,36 @@ def test_linen_train_state():
         (a, va), (b, vb) = step(a, X * (1 + i)), want(b, X * (1 + i))
         assert_same(va, vb, STEPS)
     assert_same(a.params, b.params, STEPS)
+
+
+def test_equinox():
+    def step_with(loss):
+        @eqx.filter_jit
+        def step(model, opt, x):
+            value, g = eqx.filter_value_and_grad(loss)(model, x)
+            updates, opt = ADAM.update(g, opt, eqx.filter(model, eqx.is_inexact_array))
+            return eqx.apply_updates(model, updates), opt, value
+
+        return step
+
+    def model_loss(model, x):
+        return jnp.mean(jax.vmap(model)(x) ** 2)
+
+    start = eqx.nn.MLP(4, 4, 8, 2, key=jax.random.key(0))
+
+    def train(step):
+        model, opt, values = start, ADAM.init(eqx.filter(start, eqx.is_inexact_array)), []
+        for i in range(10):
+            model, opt, value = step(model, opt, X * (1 + 0.1 * i))
+            values.append(value)
+        return jax.tree.leaves(eqx.filter(model, eqx.is_array)), values
+
+    plain = step_with(model_loss)
+    before = train(plain)
+    got = train(jc.quantize_aware(plain, "w8a8"))
+    assert_same(got, train(step_with(jc.quantize_aware(model_loss, "w8a8"))), STEPS)
+    assert_same(train(plain), before)
+    assert any(np.any(a != b) for a, b in zip(before[0], got[0], strict=True))
 
 
 def test_another_thread_is_not_affected():

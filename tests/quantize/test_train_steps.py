@@ -2,6 +2,7 @@
 """Whole train steps with state: an unchanged step against explicit threading, value by value."""
 
 import chex
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,76 @@ def test_static_reads_what_ema_wrote():
     f = jc.quantize_aware(mlp, static)
     whole = f(params, X)
     assert_same(jnp.concatenate([f(params, X[:4]), f(params, X[4:])]), whole, STEPS)
+
+
+@recipes
+def test_what_was_traced_before(recipe):
+    """A layer, a loss, its gradient and the step; the plain step keeps its bits."""
+    layer = jax.jit(lambda x, w: jnp.tanh(x @ w))
+    loss = jax.jit(lambda p, x: jnp.mean((layer(x, p["w1"]) @ p["w2"]) ** 2))
+    gradient, tx = jax.jit(jax.value_and_grad(loss)), jc.quant_tx(ADAM)
+
+    @jax.jit
+    def step(p, opt, x):
+        value, g = gradient(p, x)
+        updates, opt = tx.update(g, opt, p)
+        return optax.apply_updates(p, updates), opt, value
+
+    layer(X, PARAMS["w1"]), loss(PARAMS, X), gradient(PARAMS, X)
+    before = step(PARAMS, tx.init(PARAMS), X)
+    state = jc.calibrate(loss, PARAMS, [X], recipe)
+    explicit = explicit_step(explicit_gradient(loss_of(mlp), recipe), ADAM)
+    assert_threaded(jc.quantize_aware(step, recipe), explicit, state, tx)
+    assert_same(step(PARAMS, tx.init(PARAMS), X), before)
+
+
+@recipes
+def test_a_float_teacher_stays_in_float(recipe):
+    teacher = jax.tree.map(lambda w: 2 * w, PARAMS)
+    target = mlp(teacher, X)
+
+    def distilling(student, target):
+        return lambda p, x: jnp.mean((student(p, x) - target(x)) ** 2)
+
+    loss, tx = distilling(mlp, lambda x: mlp(teacher, x)), jc.quant_tx(ADAM)
+    state = jc.calibrate(mlp, PARAMS, [X], recipe)
+    # The state has nothing for a teacher, and its output is that of the float function.
+    params = carried(state)
+    got = jc.quantize_aware(jax.jit(step_of(loss, tx)), recipe)(params, tx.init(params), X)
+    fixed = distilling(mlp, lambda x: target)
+    explicit = jax.jit(explicit_step(explicit_gradient(fixed, recipe), ADAM))
+    weights, new, _, value = explicit(PARAMS, state, ADAM.init((PARAMS, state.learned)), X)
+    assert_same(got[2], value, STEPS)
+    assert_same((got[0].weights, got[0].learned), (weights, new.learned), STEPS)
+    assert_same(got[0].statistics, new.statistics, STEPS)
+
+
+def muon():
+    """Matrices are made orthogonal by three Newton-Schulz rounds; step sizes descend."""
+
+    def direction(g):
+        if min(g.shape) == 1:
+            return -0.05 * g
+        g = g / jnp.linalg.norm(g)
+        for _ in range(3):
+            g = 1.5 * g - 0.5 * g @ g.T @ g
+        return -0.05 * g
+
+    return optax.stateless(lambda g, p: jax.tree.map(direction, g))
+
+
+@recipes
+def test_matmuls_of_the_optimizer_are_not_touched(recipe):
+    loss, plain, tx = loss_of(mlp), muon(), jc.quant_tx(muon())
+    state = jc.calibrate(loss, PARAMS, [X], recipe)
+    step = jc.quantize_aware(step_of(loss, tx), recipe)
+    explicit = explicit_step(explicit_gradient(loss, recipe), plain)
+    assert_threaded(jax.jit(step), explicit, state, tx, plain=plain, tolerance=SUMS)
+    params = carried(state)
+    text = str(jax.make_jaxpr(step)(params, tx.init(params), X))
+    one = str(jax.make_jaxpr(jax.grad(jc.quantize_aware(loss, recipe)))(params, X))
+    assert text.count(" round[") == one.count(" round[") > 0
+    assert text.count("dot_general[") == one.count("dot_general[") + 2 * 3 * 2
 
 
 # ---------------------------------------------------------------------- what happens to gradients
@@ -393,6 +464,40 @@ def test_linen_train_state(recipe):
     assert_same(ts.params.statistics, b[1].statistics, STEPS)
 
 
+@recipes
+def test_equinox(recipe):
+    """`eqx.filter_grad` takes the module apart: the loss is wrapped, inside of it."""
+    model = eqx.nn.MLP(4, 4, 8, 2, key=jax.random.key(0))  # with an activation function as leaf
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)  # noqa: E731
+    state, tx = jc.calibrate(loss, model, [X], recipe), jc.quant_tx(ADAM)
+
+    def step_with(loss):
+        @eqx.filter_jit
+        def step(model, opt, x):
+            value, g = eqx.filter_value_and_grad(loss)(model, x)
+            updates, opt = tx.update(g, opt, eqx.filter(model, eqx.is_inexact_array))
+            return eqx.apply_updates(model, updates), opt, value
+
+        return step
+
+    params = carried(state, model)
+    opt = tx.init(eqx.filter(params, eqx.is_inexact_array))
+    with pytest.raises(jc.RecipeError, match="in two parts.*wrap the loss"):
+        jc.quantize_aware(step_with(loss), recipe)(params, opt, X)
+    step = step_with(jc.quantize_aware(loss, recipe))
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    of_arrays = lambda a, x: loss(eqx.combine(a, rest), x)  # noqa: E731
+    explicit = jax.jit(explicit_step(explicit_gradient(of_arrays, recipe), ADAM))
+    b = (arrays, state, ADAM.init((arrays, state.learned)))
+    for i in range(10):
+        params, opt, got = step(params, opt, X * (1 + i))
+        *b, want = explicit(*b, X * (1 + i))
+        assert_same(got, want, STEPS)
+    trained = eqx.filter(params.weights, eqx.is_inexact_array)
+    assert_same(jax.tree.leaves(trained), jax.tree.leaves(b[0]), STEPS)
+    assert_same((params.learned, params.statistics), (b[1].learned, b[1].statistics), STEPS)
+
+
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.a, self.b = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
@@ -430,7 +535,178 @@ def test_nnx_step_that_mutates(wrap):
         jc.quantize_aware(wrap(train_step), wrong)(model, optimizer, X)
 
 
-def test_nnx_step_compiles_once():
+def nnx_loss(graph):
+    return lambda p, x: jnp.mean(nnx.merge(graph, p)(x) ** 2)
+
+
+@recipes
+@pytest.mark.parametrize(
+    ("wrap", "n"), [(nnx.jit, 20), (lambda step: step, 3)], ids=["jit", "eager"]
+)
+def test_nnx_step_that_mutates_with_state(recipe, wrap, n):
+    """The state is a parameter of the model, and changes in place as the others do."""
+
+    def train_step(model, optimizer, x):
+        value, g = nnx.value_and_grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, g)
+        return value
+
+    plain = Net(nnx.Rngs(0))
+    graph, weights = nnx.split(plain)
+    loss = nnx_loss(graph)
+    state = jc.calibrate(loss, weights, [X], recipe)
+    model = jc.quant_params(lambda model, x: model(x), recipe)(plain, X)
+    assert not hasattr(plain, "quantization")
+    optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
+    step = jc.quantize_aware(wrap(train_step), recipe)
+    explicit = jax.jit(explicit_step(explicit_gradient(loss, recipe), ADAM))
+    b = (weights, state, ADAM.init((weights, state.learned)))
+    for i in range(n):
+        got = step(model, optimizer, X * (1 + 0.2 * i))
+        *b, want = explicit(*b, X * (1 + 0.2 * i))
+        assert_same(got, want, STEPS)
+    held = model.quantization.get_value()
+    assert_same((held.learned, held.statistics), (b[1].learned, b[1].statistics), STEPS)
+    predict = jc.quantize_aware(lambda model, x: model(x), recipe)
+    _, apply = jc.quantize_aware_with_state(lambda p, x: nnx.merge(graph, p)(x), recipe)
+    assert_same(predict(model, X), apply(b[1], b[0], X)[0], STEPS)
+    assert_same(model.quantization.get_value().statistics, held.statistics)
+    del model.quantization
+    assert_same(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(b[0]), STEPS)
+
+
+@recipes
+def test_nnx_state_in_a_functional_step(recipe):
+    """`nnx.split` and optax: the state lies among the parameters."""
+    plain = Net(nnx.Rngs(0))
+    loss, tx = nnx_loss(nnx.graphdef(plain)), jc.quant_tx(ADAM)
+    state, weights = jc.calibrate(loss, nnx.state(plain), [X], recipe), nnx.state(plain)
+    graph, params = nnx.split(jc.quant_params(lambda model, x: model(x), recipe)(plain, X))
+    step = jc.quantize_aware(jax.jit(step_of(nnx_loss(graph), tx)), recipe)
+    explicit = jax.jit(explicit_step(explicit_gradient(loss, recipe), ADAM))
+    a, b = (params, tx.init(params)), (weights, state, ADAM.init((weights, state.learned)))
+    for i in range(5):
+        *a, got = step(*a, X * (1 + i))
+        *b, want = explicit(*b, X * (1 + i))
+        assert_same(got, want, STEPS)
+    held = a[0]["quantization"].get_value()
+    assert_same((held.learned, held.statistics), (b[1].learned, b[1].statistics), STEPS)
+
+
+def test_nnx_microbatches_and_batch_norm():
+    """Statistics of both kinds: of batch norm by mutation, of ranges with the gradient."""
+
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(4, 8, use_bias=False, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.b = nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(jnp.tanh(self.norm(self.a(x))))
+
+    @nnx.jit
+    def train_step(model, optimizer, x):
+        def loss(model, x):
+            return jnp.mean(model(x) ** 2)
+
+        parts = [nnx.value_and_grad(loss)(model, part) for part in (x[:4], x[4:])]
+        values, gradients = zip(*parts)
+        optimizer.update(model, jax.tree.map(jnp.add, *gradients))
+        return sum(values)
+
+    plain = Normed(nnx.Rngs(0))
+    model = jc.quant_params(lambda model, x: model(x), EMA)(plain, X)
+    optimizer = nnx.Optimizer(model, jc.quant_tx(optax.sgd(0.1)), wrt=nnx.Param)
+    graph, weights, rest = nnx.split(plain, nnx.Param, ...)
+
+    def loss(weights, rest, x):
+        model = nnx.merge(graph, weights, rest)
+        return jnp.mean(model(x) ** 2), nnx.state(model, nnx.Not(nnx.Param))
+
+    init, apply = jc.quantize_aware_with_state(loss, EMA)
+    state, want = init(weights, rest, X), []
+    for part in (X[:4], X[4:]):
+
+        def one(weights, state=state, rest=rest, part=part):
+            (value, rest), new = apply(state, weights, rest, part)
+            return value, (rest, new)
+
+        (_, (rest, new)), g = jax.value_and_grad(one, has_aux=True)(weights)
+        want.append((new.statistics, g))
+    jc.quantize_aware(train_step, EMA)(model, optimizer, X)
+    statistics = averaged([statistics for statistics, _ in want])
+    assert_same(model.quantization.get_value().statistics, statistics, SUMS)
+    assert_same(model.norm.mean.get_value(), rest["norm"]["mean"].get_value(), SUMS)
+    moved = jax.tree.map(lambda w, a, b: w - 0.1 * (a + b), weights, want[0][1], want[1][1])
+    del model.quantization
+    assert_same(jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(moved), SUMS)
+
+
+def test_nnx_errors_of_a_recipe_with_state():
+    def train_step(model, optimizer, x):
+        g = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, g)
+
+    step, plain = jc.quantize_aware(nnx.jit(train_step), EMA), Net(nnx.Rngs(0))
+    with pytest.raises(jc.RecipeError, match=r"keeps a range \(ema\) for `a/kernel.*quant_params"):
+        step(plain, nnx.Optimizer(plain, jc.quant_tx(ADAM), wrt=nnx.Param), X)
+    model = jc.quant_params(lambda model, x: model(x), EMA)(plain, X)
+    before = jax.tree.leaves(nnx.state(model))
+    with pytest.raises(jc.RecipeError, match="train_step updates .*not wrapped.*quant_tx"):
+        step(model, nnx.Optimizer(model, ADAM, wrt=nnx.Param), X)
+    assert_same(jax.tree.leaves(nnx.state(model)), before)
+    other = jc.quant_params(lambda model, x: model(x), LSQ)(plain, X)
+    with pytest.raises(jc.RecipeError, match="belongs to another model.*`a/kernel"):
+        step(other, nnx.Optimizer(other, jc.quant_tx(ADAM), wrt=nnx.Param), X)
+    wrong = jc.Recipe([jc.Rule("head", None, jc.Quantizer("int8", "tensor", range="ema"))])
+    optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
+    with pytest.raises(jc.RecipeError, match="'head' matches nothing.*Nearest sites: `a/kernel"):
+        jc.quantize_aware(nnx.jit(train_step), wrong)(model, optimizer, X)
+
+
+def test_nnx_rescaling_leaf_by_leaf_raises():
+    def train_step(model, optimizer, x):
+        g = normalized(nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+        optimizer.update(model, g)
+
+    model = jc.quant_params(lambda model, x: model(x), EMA)(Net(nnx.Rngs(0)), X)
+    step = jc.quantize_aware(nnx.jit(train_step), EMA)
+    optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
+    step(model, optimizer, X)
+    with pytest.raises(jc.RecipeError, match="rescaled leaf by leaf.*Rescale inside of it"):
+        step(model, optimizer, X)
+
+
+def test_nnx_state_and_random_gradients():
+    """A key with stored ranges: the same key gives the same bits, another one others."""
+    gradient = jc.Quantizer("int8", "token", rounding="stochastic")
+    activation = jc.Quantizer("int8", "tensor", range="ema")
+    recipe = jc.Recipe([jc.Rule("*", "int8", activation, gradient=gradient)])
+
+    def train_step(model, optimizer, x):
+        g = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, g)
+
+    step = jc.quantize_aware(train_step, recipe)
+
+    def after(seed):
+        model = jc.quant_params(lambda model, x: model(x), recipe)(Net(nnx.Rngs(0)), X)
+        optimizer = nnx.Optimizer(model, jc.quant_tx(optax.sgd(0.1)), wrt=nnx.Param)
+        step(model, optimizer, 2 * X, quantize_key=jax.random.key(seed))
+        return model.a.kernel.get_value(), model.quantization.get_value().statistics["ranges"]
+
+    (a, ranges), (b, _), (c, _) = after(0), after(0), after(1)
+    assert_same(a, b)
+    assert np.any(a != c)
+    high = 0.99 * jnp.max(jnp.abs(X)) + 0.01 * jnp.max(jnp.abs(2 * X))
+    found = ranges["a/kernel/value"]["activation"]
+    np.testing.assert_allclose(found["high"].item(), high, rtol=1e-6)
+    assert found["count"] == 2
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", EMA], ids=["w8a8", "ema"])
+def test_nnx_step_compiles_once(recipe):
     traced = []
 
     @nnx.jit
@@ -439,9 +715,9 @@ def test_nnx_step_compiles_once():
         g = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
         optimizer.update(model, g)
 
-    step = jc.quantize_aware(train_step, "w8a8")
-    model = Net(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+    step = jc.quantize_aware(train_step, recipe)
+    model = jc.quant_params(lambda model, x: model(x), recipe)(Net(nnx.Rngs(0)), X)
+    optimizer = nnx.Optimizer(model, jc.quant_tx(ADAM), wrt=nnx.Param)
     step(model, optimizer, X)
     step(model, optimizer, X)
     first = len(traced)

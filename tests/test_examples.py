@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples that train run, with a few steps, and print their tables."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+TABLES = {
+    "lsq_w4a4": ["float32", "lsq-w4a4"],
+    "train_step_linen": ["float32", "int4 x int8"],
+    "train_step_nnx": ["float32", "w8a8", "w4a8-g32", "int4 x int8"],
+    "train_step_plain": ["float32", "w8a8", "lsq-w4a4"],
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_table(name, capsys, noise_images):
+    module = load(name)
+    module.STEPS = 2
+    module.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["recipe", "test", "accuracy"]
+    found = [re.fullmatch(r"(.+?) +([\d.]+)%", row) for row in rows]
+    assert [match and match[1] for match in found] == TABLES[name]
+    assert all(match and 0 <= float(match[2]) <= 100 for match in found)
+
+
+def test_lsq_says_how_to_get_the_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMNIST_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        load("lsq_w4a4").main()

@@ -108,6 +108,8 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
     if strategy != "group" or element not in (formats.float8_e4m3fn, formats.float4_e2m1fn):
         raise _unfit(name, fmt.name)
     out["weight_scale"] = scale
+    if element == formats.float4_e2m1fn:
+        codes = np.where(codes == 8, np.uint8(0), codes)  # its compressors write -0 as 0
     if isinstance(fmt, formats.NVFP4) and settings == {"group_size": 16}:
         top = np.float32(1 if q.global_scale is None else q.global_scale)
         out["weight_packed"] = _bits.pack(codes.T, 4)
@@ -205,9 +207,7 @@ def decode(
     return QTensor(packed, scale, zero, fmt, dtype, codes.shape[0], blocks, top)
 
 
-def _scales_out(
-    q: QTensor, scale: np.ndarray, name: str
-) -> tuple[str, dict[str, Any], np.ndarray]:
+def _scales_out(q: QTensor, scale: np.ndarray, name: str) -> tuple[str, dict[str, Any], np.ndarray]:
     """Strategy, its settings, and the scales in the layout of compressed-tensors."""
     (rows, columns), blocks = q.shape, q.blocks
     if blocks is None and scale.shape == (1, columns):

@@ -150,7 +150,7 @@ def _report(arguments: argparse.Namespace) -> None:
     result = read_report(arguments.dir)
     try:
         _show(result, arguments.dir)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{arguments.dir}/report.json is damaged: {type(error).__name__}: {error}."
         ) from None

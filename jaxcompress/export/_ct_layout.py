@@ -3,8 +3,8 @@
 
 A kernel [in, out] of ours is `weight` [out, in] there, so everything is transposed:
 
-    pack-quantized         weight_packed int32[out, in b / 32]: codes + 2^(b-1), low bits first, rows
-                           filled up; weight_scale[out, groups]; weight_shape;
+    pack-quantized         weight_packed int32[out, in b / 32]: codes + 2^(b-1), low bits first,
+                           rows filled up; weight_scale[out, groups]; weight_shape;
                            weight_zero_point int32[out b / 32, groups], packed along out
     int-, float-quantized  weight int8 or float8_e4m3fn[out, in]; weight_scale[out, groups], [1] or
                            [out / r, in / c]; weight_zero_point

@@ -69,12 +69,14 @@ def from_data(data: dict[str, Any], leaves: dict[str, Any], name: str) -> QTenso
 def _blocks(data: Any) -> Blocks | Tiles | None:
     if data is None:
         return None
+    if not isinstance(data, dict):
+        raise ValueError(f"blocks are {type(data).__name__}")
     if data.keys() == {"columns", "rows"}:
         columns, rows = (_blocks(data[part]) for part in ("columns", "rows"))
         if not isinstance(columns, Blocks) or not isinstance(rows, Blocks):
             raise ValueError("tiles are two cuts into blocks")
         return Tiles(columns, rows)
-    axis, size = data["axis"], data["size"]
+    axis, size = data.get("axis"), data.get("size")
     axes_are_numbers = type(axis) in (list, tuple) and all(type(a) is int for a in axis)
     if len(data) != 2 or not axes_are_numbers or type(size) is not int or size < 1:
         raise ValueError(f"blocks of {size!r} values along {axis!r}")

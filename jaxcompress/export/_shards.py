@@ -70,7 +70,7 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
     """
     if not path.is_dir():
         header = _safetensors.read_header(path)
-        return _about(header.metadata, header.digests is not None, path), _safetensors.read(
+        return _about(header.metadata, header.checksums is not None, path), _safetensors.read(
             header, lazy
         )
     if not (path / INDEX).exists():
@@ -110,7 +110,7 @@ def _about(metadata: Mapping[str, Any], sealed: bool, what: pathlib.Path) -> dic
         raise ArtifactError(f"{what} is damaged: its header has lost its checksum.")
     about = _sealed.parse(text.encode(), what)
     version = about.get("schema_version")
-    if version not in READABLE:
+    if type(version) is not int or version not in READABLE:
         raise ArtifactError(
             f"{what} has schema version {version}, this jaxcompress reads "
             f"{', '.join(map(str, READABLE))}. Use the version that wrote it, or a newer one."

@@ -321,7 +321,7 @@ def children_of(x: Any) -> list[tuple[Any, Any]] | None:
 def _from_bytes(x: np.ndarray, name: Any, shape: Any, path: tuple[Any, ...]) -> np.ndarray:
     if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**60 for n in shape):
         raise _wrong(path)
-    if len(shape) > 32 or x.dtype != np.uint8:
+    if len(shape) > 32 or x.dtype != np.uint8 or not isinstance(name, str):
         raise _wrong(path)
     if name in _BYTES:
         if x.shape != (*shape, _BYTES[name].itemsize):

@@ -105,8 +105,8 @@ def main():
         if not args.symmetric:
             half = 2 ** (args.num_bits - 1)
             zero = rng.integers(-half, half, small).astype(np.int8)
-        spread = lambda a: np.kron(a, np.ones(wide, a.dtype))  # noqa: E731
-        weight = (values - spread(zero)) * spread(scale)
+        zeros, scales = (np.kron(a, np.ones(wide, a.dtype)) for a in (zero, scale))
+        weight = (values - zeros) * scales
         state = {"weight": torch.from_numpy(weight)}
         flat = scale.reshape(1) if args.strategy == "tensor" else scale
         state["weight_scale"] = torch.from_numpy(flat)

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (JaxCompressError, OSError) as error:
-        print(f"jaxcompress: {error}", file=sys.stderr)
+        text = (
+            str(error).encode(errors="backslashreplace").decode()
+        )  # names in files may be anything
+        print(f"jaxcompress: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxcompress: interrupted, nothing was written", file=sys.stderr)

@@ -17,12 +17,12 @@ import random
 import shutil
 import struct
 import time
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 from trees import assert_same
 
 import jaxcompress as jc
@@ -110,8 +110,8 @@ def write(path, header, data, seal=False):
         for name, entry in rest.items():
             with contextlib.suppress(TypeError, KeyError, ValueError):
                 begin, end = entry["data_offsets"]
-                checksums[name] = f"{zlib.crc32(data[begin:end]):08x}"
-        metadata["crc32"] = json.dumps(checksums)
+                checksums[name] = xxhash.xxh3_128_hexdigest(data[begin:end])
+        metadata["xxh3_128"] = json.dumps(checksums)
         text = _sealed.seal("__metadata__", metadata, rest, before=8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 

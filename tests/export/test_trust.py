@@ -250,7 +250,7 @@ def test_versions(tmp_path):
         buffer = io.BytesIO()
         _safetensors.write(buffer, {}, {"jaxcompress": about})
         (tmp_path / "m.safetensors").write_bytes(buffer.getvalue())
-        message = f"has schema version {version}, this jaxcompress reads 1"
+        message = f"has schema version {version!r}, this jaxcompress reads 1"
         with pytest.raises(jc.ArtifactError, match=message):
             jc.load_params(tmp_path / "m.safetensors")
 

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (JaxCompressError, OSError) as error:
-        print(f"jaxcompress: {error}", file=sys.stderr)
+        text = (
+            str(error).encode(errors="backslashreplace").decode()
+        )  # names in files may be anything
+        print(f"jaxcompress: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxcompress: interrupted, nothing was written", file=sys.stderr)
@@ -150,7 +153,7 @@ def _report(arguments: argparse.Namespace) -> None:
     result = read_report(arguments.dir)
     try:
         _show(result, arguments.dir)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{arguments.dir}/report.json is damaged: {type(error).__name__}: {error}."
         ) from None

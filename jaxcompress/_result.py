@@ -63,7 +63,7 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} was not written by jaxcompress.")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path} has schema version {data.get('schema_version')}, this jaxcompress reads "
+            f"{path} has schema version {data.get('schema_version')!r}, this jaxcompress reads "
             f"version {SCHEMA_VERSION}. Compress again, or use the version that wrote it."
         )
     return data

@@ -109,6 +109,8 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
     if strategy != "group" or element not in (formats.float8_e4m3fn, formats.float4_e2m1fn):
         raise _unfit(name, fmt.name)
     out["weight_scale"] = scale
+    if element == formats.float4_e2m1fn:
+        codes = np.where(codes == 8, np.uint8(0), codes)  # its compressors write -0 as 0
     if isinstance(fmt, formats.NVFP4) and settings == {"group_size": 16}:
         top = np.float32(1 if q.global_scale is None else q.global_scale)
         out["weight_packed"] = _bits.pack(codes.T, 4)

@@ -70,7 +70,8 @@ def from_data(data: dict[str, Any], leaves: dict[str, Any], name: str) -> QTenso
     return q
 
 
-def _blocks(data: Any) -> Blocks | Tiles | None:
+def _blocks(data: Any) -> Any:
+    """The Blocks, Tiles or None of plain data; anything else is a ValueError."""
     if data is None:
         return None
     if not isinstance(data, dict):
@@ -106,7 +107,8 @@ def _problem(q: QTensor) -> str | None:
         return f"packed {wrong}"
     shape = q.shape
     if q.blocks is not None:
-        parts = (q.blocks.columns, q.blocks.rows) if isinstance(q.blocks, Tiles) else (q.blocks,)
+        blocks: Any = q.blocks
+        parts = (blocks.columns, blocks.rows) if isinstance(blocks, Tiles) else (blocks,)
         for part in parts:
             axes = part.axis
             if (

@@ -59,7 +59,7 @@ def check_seal(text: bytes, key: str, what: Any) -> bool:
     return True
 
 
-def parse(text: bytes, what: Any) -> dict[str, Any]:
+def parse(text: bytes | str, what: Any) -> dict[str, Any]:
     """A JSON object, in which no key comes twice and every number is finite.
 
     Raises:
@@ -76,7 +76,8 @@ def parse(text: bytes, what: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is no number of JSON")
 
     try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=finite)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        data = json.loads(text, object_pairs_hook=once, parse_constant=finite)
     except RecursionError:
         raise ArtifactError(f"{what} is damaged: its JSON is nested too deeply.") from None
     except ValueError as error:

@@ -70,7 +70,7 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
     """
     if not path.is_dir():
         header = _safetensors.read_header(path)
-        return _about(header.metadata, header.digests is not None, path), _safetensors.read(
+        return _about(header.metadata, header.checksums is not None, path), _safetensors.read(
             header, lazy
         )
     if not (path / INDEX).exists():
@@ -85,10 +85,13 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise ArtifactError(f"{what} is damaged: it has no weight_map or metadata.")
     about = _about(metadata, sealed, what)
+    digests = {} if about is None else about.get("files")
+    if not isinstance(digests, dict):
+        raise ArtifactError(f"{what} is damaged: it has no checksums of files.")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         header = _safetensors.read_header(member(path, name))
-        if about is not None and about.get("files", {}).get(name) != header.digest:
+        if about is not None and digests.get(name) != header.digest:
             raise ArtifactError(f"{path / name} is not the file that {INDEX} was written with.")
         expected = {array for array, file in weight_map.items() if file == name}
         if header.entries.keys() != expected:
@@ -108,11 +111,11 @@ def _about(metadata: Mapping[str, Any], sealed: bool, what: pathlib.Path) -> dic
         return None
     if not sealed or not isinstance(text, str):
         raise ArtifactError(f"{what} is damaged: its header has lost its checksum.")
-    about = _sealed.parse(text.encode(), what)
+    about = _sealed.parse(text, what)
     version = about.get("schema_version")
-    if version not in READABLE:
+    if type(version) is not int or version not in READABLE:
         raise ArtifactError(
-            f"{what} has schema version {version}, this jaxcompress reads "
+            f"{what} has schema version {version!r}, this jaxcompress reads "
             f"{', '.join(map(str, READABLE))}. Use the version that wrote it, or a newer one."
         )
     if "part" in about:

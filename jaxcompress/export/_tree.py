@@ -5,7 +5,7 @@
     {"dict": [[key, node], ...]}            keys are strings, numbers, booleans or None
     {"list": [node, ...]}, {"tuple": ...}
     {"node": type, "children": [[key, node], ...]}    any other pytree node
-    {"qtensor": {"format", "dtype", "last", "blocks", "packed", "scale", ...}}
+    {"qtensor": {"format", "dtype", "axis", "unused", "blocks", "packed", ...}}
     {"jax": name}, {"numpy": name}, {"scalar": name}  arrays, and numbers of NumPy
     {"key": name, "impl": name}                       typed PRNG keys
     {"value": 3}, {"float": "0x1.8p+0"}, {"complex": [re, im]}    numbers and texts of Python
@@ -321,7 +321,7 @@ def children_of(x: Any) -> list[tuple[Any, Any]] | None:
 def _from_bytes(x: np.ndarray, name: Any, shape: Any, path: tuple[Any, ...]) -> np.ndarray:
     if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**60 for n in shape):
         raise _wrong(path)
-    if len(shape) > 32 or x.dtype != np.uint8:
+    if len(shape) > 32 or x.dtype != np.uint8 or not isinstance(name, str):
         raise _wrong(path)
     if name in _BYTES:
         if x.shape != (*shape, _BYTES[name].itemsize):

@@ -123,7 +123,7 @@ def stablehlo(
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             save_params(program.named, folder / MODEL)
-            reference = _reference(given, bool(names), reference_bytes)
+            reference = _reference(given, program if names else None, reference_bytes)
             if reference is not None:
                 save_params(reference, folder / REFERENCE)
             manifest["files"] = {
@@ -178,19 +178,20 @@ def _with_symbolic_batch(inputs: Sequence) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((size, *x.shape[1:]) if x.shape else (), x.dtype) for x in avals]
 
 
-def _reference(program: Program, with_sites: bool, limit: int) -> dict[str, Any] | None:
-    """Inputs, outputs and results of sites of the function itself; None without inputs."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*program.inputs, *program.leaves)):
+def _reference(given: Program, packed: Program | None, limit: int) -> dict[str, Any] | None:
+    """Inputs, outputs of the function itself, results of sites; None without inputs.
+
+    Those of sites are of the function on packed parameters: with the result of a site kept, XLA
+    may sum it in another order where the weight is computed from floats.
+    """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*given.inputs, *given.leaves)):
         return None
-    arrays_of, _ = flat(program.run)
-    found = {
-        "inputs": program.inputs,
-        "outputs": jax.jit(arrays_of)(program.leaves, program.inputs),
-    }
+    outputs = jax.jit(flat(given.run)[0])(given.leaves, given.inputs)
+    found: dict[str, Any] = {"inputs": given.inputs, "outputs": outputs}
     if nbytes(found) > limit:
         return None
-    if with_sites:
-        seen = jax.jit(program.run_sites)(program.leaves, program.inputs)
+    if packed is not None:
+        seen = jax.jit(packed.run_sites)(packed.leaves, packed.inputs)
         found |= {"sites": seen} if nbytes((found, seen)) <= limit else {}
     return found
 

@@ -15,6 +15,7 @@ from .._core.tabular import Tabular
 from .._errors import ArtifactError
 from .._quantize.calibrate import Inputs
 from ._artifact import Artifact
+from ._packing import Packing
 from ._program import Program, flat
 
 
@@ -117,7 +118,8 @@ def verify(
     Args:
       artifact: of `stablehlo` or `load`.
       fn, params: the function that it was made of, and its parameters. Without them the artifact
-        is compared with what `fn` made of the example inputs when it was exported.
+        is compared with what `fn` made of the example inputs when it was exported. Sites are
+        those of `fn` on packed parameters.
       batches: inputs; one is one argument, `jc.Inputs(*args)` several. The example inputs of the
         export if left out.
 
@@ -182,8 +184,9 @@ def _expected(
         program = Program(fn, params, inputs)
         outputs = jax.jit(flat(program.run)[0])(program.leaves, program.inputs)
         sites = None
-        if artifact.sites:
-            sites = jax.jit(program.run_sites)(program.leaves, program.inputs)
+        if artifact.sites:  # of packed parameters: XLA may sum in another order for floats
+            packed = Program(fn, Packing(fn).pack(params, inputs), inputs)
+            sites = jax.jit(packed.run_sites)(packed.leaves, packed.inputs)
         yield inputs, outputs, sites
     if empty:
         raise ArtifactError("verify got no batches. Pass at least one.")

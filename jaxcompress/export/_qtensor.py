@@ -81,11 +81,11 @@ def _blocks(data: Any) -> Any:
         if not isinstance(columns, Blocks) or not isinstance(rows, Blocks):
             raise ValueError("tiles are two cuts into blocks")
         return Tiles(columns, rows)
-    axis, size = data.get("axis"), data.get("size")
-    if len(data) != 2 or not isinstance(axis, list | tuple) or type(size) is not int or size < 1:
+    axis: Any = data.get("axis")
+    size = data.get("size")
+    whole = isinstance(axis, list | tuple) and all(type(a) is int for a in axis)
+    if len(data) != 2 or not whole or type(size) is not int or size < 1:
         raise ValueError(f"blocks of {size!r} values along {axis!r}")
-    if not all(type(a) is int for a in axis):
-        raise ValueError(f"blocks along {axis!r}")
     return Blocks(tuple(axis), size)
 
 

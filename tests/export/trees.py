@@ -47,7 +47,13 @@ def assert_same(a, b, where="tree"):
     elif dataclasses.is_dataclass(a) and not isinstance(a, jax.Array):
         for field in dataclasses.fields(a):
             x, y = getattr(a, field.name), getattr(b, field.name)
-            if isinstance(a, jc.QTensor) and field.name in ("format", "blocks", "axis", "unused", "dtype"):
+            if isinstance(a, jc.QTensor) and field.name in (
+                "format",
+                "blocks",
+                "axis",
+                "unused",
+                "dtype",
+            ):
                 assert x == y and type(x) is type(y), f"{where}.{field.name}"
             else:
                 assert_same(x, y, f"{where}.{field.name}")

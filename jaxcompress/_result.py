@@ -2,7 +2,8 @@
 """Result directories: written whole or not at all, read back, never mistaken for other files.
 
 A directory holds `report.json`, `model.safetensors` (everything that the compressed model has to
-store) and `float_model.safetensors`, both for `jc.load_params`.
+store) and `float_model.safetensors`, both for `jc.load_params`; and `stablehlo`, the program, if it
+was asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ REPORT, PARAMETERS, FLOAT_PARAMETERS = (
     "model.safetensors",
     "float_model.safetensors",
 )
+STABLEHLO = "stablehlo"
 _EARLIER = ("parameters.npz", "float_parameters.npz")  # names that results once had
 
 
@@ -83,7 +85,7 @@ def _check_replaceable(out: pathlib.Path) -> None:
     if not out.is_dir():
         raise ArtifactError(f"{out} is a file and the result a directory. Choose another --out.")
     names = {path.name for path in out.iterdir()}
-    foreign = sorted(names - {REPORT, PARAMETERS, FLOAT_PARAMETERS, *_EARLIER})
+    foreign = sorted(names - {REPORT, PARAMETERS, FLOAT_PARAMETERS, STABLEHLO, *_EARLIER})
     if names and (foreign or REPORT not in names):
         raise ArtifactError(
             f"{out} exists and is not an earlier result: it holds {', '.join(sorted(names)[:3])}. "

@@ -167,6 +167,36 @@ def test_a_second_run_with_the_same_seed_writes_the_same_parameters(write, folde
     assert a != c
 
 
+def test_an_exported_program_is_verified(write, folder, capsys, fails):
+    out, command = folder / "out", ["compress", write(), "--out", "out", "--quiet"]
+    assert main(command) == 0
+    message = fails("verify", "out", left=("tiny.py", "out"))
+    assert message == "out holds no program. Compress again with --export stablehlo."
+    assert main([*command, "--export", "stablehlo"]) == 0
+    assert {p.name for p in out.iterdir()} == {*FILES, "stablehlo"}
+    capsys.readouterr()
+    assert main(["verify", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "equal in every bit" in shown and "up" in shown and "output" in shown
+    artifact = jc.export.load(out / "stablehlo")
+    x = np.random.default_rng(1).normal(size=(7, 8)).astype("float32")  # another batch
+    assert artifact.run(x).shape == (7, 4)
+    codes = artifact.params["up"].codes
+    np.testing.assert_array_equal(codes, jc.load_params(out)["up"].codes)
+
+
+def test_verify_of_a_program_that_differs(folder, capsys, monkeypatch, fails):
+    params, x = {"up": np.eye(4, dtype="float32")}, np.ones((2, 4), "float32")
+    artifact = jc.export.stablehlo(lambda p, x: x @ p["up"], params, x, path="a")
+    reference = jax.tree.map(np.array, artifact.reference)
+    reference["outputs"][0][1, 2] += 1
+    monkeypatch.setattr(type(artifact), "reference", reference)
+    assert main(["verify", "a"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the first difference is at output output, batch 0, index (1, 2)" in shown
+    assert fails("verify", ".", left=("a",)) == ". is no artifact: it has no manifest.json."
+
+
 def test_without_train_weights_are_only_rounded(write, folder):
     path = write("task = build(train=None, params=make(jax.random.key(0)))")
     assert main(["compress", path, "--recipe", "w4a16-g32", "--out", "out"]) == 0

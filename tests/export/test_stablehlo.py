@@ -131,6 +131,8 @@ def test_every_recipe_gives_the_same_bits_in_a_fresh_process(cases, tmp_path):
         fn, params, x = quantized(recipe, model)
         artifact = jc.export.stablehlo(fn, params, x, path=folder / f"{recipe} {model}")
         assert artifact.platforms == ("cpu", "cuda", "rocm", "tpu")
+        left = {r.site.split("/")[-1] for r in artifact.report.rows if r.weight == "float32"}
+        assert left <= {"norm", "bias", "step", "low", "high", "count", "weight"}, (recipe, model)
         np.save(tmp_path / f"{recipe} {model}.x.npy", x[::-1])
     in_a_fresh_process(LOADER, folder)
     for recipe, model in cases:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._errors import SiteError
-from . import _compat, fold, qlayout
+from . import _compat, fold, qparts, qsharding
 from .analyze import CALLS, ORDERS
 from .interpret import Runtime, evaluate, pick
 from .qtensor import dequantized, is_qtensor
@@ -62,7 +62,7 @@ def jit(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
         if _compat.is_unspecified(sharding):
             return v
         if is_qtensor(v):
-            v = qlayout.constrain(v, sharding) or v.dequantize()
+            v = qsharding.constrain(v, sharding) or v.dequantize()
         return v if is_qtensor(v) else lax.with_sharding_constraint(v, sharding)
 
     values = [constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
@@ -97,7 +97,7 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
     p, plan = eqn.params, plans[0]
     consts, carry, xs = _compat.split_scan(p, values)
     carry, k = _arrays(carry), len(carry)
-    xs = [(qlayout.stacked(x) or x.dequantize()) if is_qtensor(x) else x for x in xs]
+    xs = [(qparts.stacked(x) or x.dequantize()) if is_qtensor(x) else x for x in xs]
     layered = frozenset(s.name for s in plan.everything if s.layered[depth])
     stacked = plan.names if runtime.transform.collects else layered
     carried = plan.names - stacked
@@ -260,7 +260,7 @@ def shard_map(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) ->
     values, in_specs = list(values), list(p["in_specs"])
     for i, (v, spec) in enumerate(zip(values, in_specs, strict=True)):
         if is_qtensor(v):
-            in_specs[i] = qlayout.partition(v, spec, dict(p["mesh"].shape))
+            in_specs[i] = qsharding.partition(v, spec, dict(p["mesh"].shape))
             if in_specs[i] is None:
                 values[i], in_specs[i] = v.dequantize(), spec
     learned, state = pick(runtime.learned, plan.names), pick(runtime.state, plan.names)

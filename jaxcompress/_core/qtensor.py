@@ -219,7 +219,7 @@ class QTensor:
             >>> jax.device_put(q, q.partition(sharding)).scale.sharding.spec == P(None, "data")
             True
         """
-        from .qlayout import partition
+        from .qsharding import partition
 
         named = isinstance(sharding, NamedSharding)
         mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()

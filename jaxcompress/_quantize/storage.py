@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._core import qlayout, typed
+from .._core import qmove, qparts, typed
 from .._core.qtensor import QTensor, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
@@ -212,9 +212,9 @@ def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | No
         if q is None:
             return None
         if step == "transpose":
-            q = qlayout.transpose(q, arg)
+            q = qmove.transpose(q, arg)
         elif step == "reshape":
-            q = qlayout.reshape(q, arg)
+            q = qmove.reshape(q, arg)
         else:  # to float32 only: codes * scale is rounded once, after the cast of the function
             q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
-    return None if q is None else qlayout.packed_along_last(q)
+    return None if q is None else qparts.packed_along_last(q)

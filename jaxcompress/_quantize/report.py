@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from .._core import _compat
+from .._core.arguments import ArgNums, name_of
 from .._core.qtensor import QTensor
 from .._core.tabular import Tabular
-from .._core.transform import ArgNums, Transformed, name_of
+from .._core.transform import Transformed
 from .._errors import FormatError
 from . import recipes
 from .accounting import Row, rows_of

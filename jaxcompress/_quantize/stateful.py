@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import _compat
+from .._core.arguments import ArgNums
+from .._core.keys import take_key
 from .._core.patterns import nearest
 from .._core.qtensor import QTensor, is_qtensor
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transformed, take_key
+from .._core.transform import Transformed
 from .._errors import RecipeError, SiteError
 from . import layout, recipes, state
 from .aware import QuantizeAware, Setting, run

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import jax.export as jax_export
 
 from .._errors import ArtifactError
 from .._quantize.accounting import Row
+from .._quantize.recipe import Recipe
 from .._quantize.report import Report
 from . import _sealed
 from ._files import member, read_small
@@ -29,6 +31,13 @@ FILES = (MANIFEST, PROGRAM, SITES, MODEL, REFERENCE)
 SCHEMA_VERSION = 1
 READABLE = ("1",)  # grows: artifacts of earlier versions stay readable
 _LARGEST_PROGRAM = 2**30
+_ROW: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "tuple[int, ...]": (tuple,),
+    "str | None": (str, type(None)),
+    "float | None": (float, type(None)),
+}
 
 
 class Artifact:
@@ -37,6 +46,10 @@ class Artifact:
     Attributes:
       path: the directory.
       manifest: what it says of itself: platforms, version of JAX, recipe, inputs, outputs.
+      inputs, outputs: what the program takes and returns.
+      platforms: for which it was exported.
+      sites: names of the sites that `run_sites` returns, in program order.
+      report: every parameter with its format, its bytes, and why if it is left alone.
     """
 
     def __init__(self, path: pathlib.Path, manifest: dict[str, Any]):
@@ -45,25 +58,21 @@ class Artifact:
         try:
             self.inputs = Signature.from_data(manifest["inputs"])
             self.outputs = Signature.from_data(manifest["outputs"])
-            self.platforms = tuple(map(str, manifest["platforms"]))
-            self.sites = tuple(map(str, manifest["sites"]))
-            self.files = dict(manifest["files"])
-            self._rows = [
-                Row(**{**row, "shape": tuple(row["shape"])}) for row in manifest["report"]
-            ]
-        except (KeyError, TypeError, ValueError) as error:
+            self.platforms = _texts(manifest["platforms"])
+            self.sites = _texts(manifest["sites"])
+            self.files = dict(zip(manifest["files"], _texts(manifest["files"].values())))
+            rows = tuple(map(_row, manifest["report"]))
+            recipe = manifest["recipe"]
+            name = "none" if recipe is None else Recipe.from_json(json.dumps(recipe)).name
+            (title,) = _texts([manifest["name"]])
+            self.report = Report(title, name, rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path / MANIFEST} is damaged: {error!r}.") from None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files that `run` needs."""
         return sum((self.path / name).stat().st_size for name in (MANIFEST, PROGRAM, MODEL))
-
-    @property
-    def report(self) -> Report:
-        """Every parameter with its format and bytes."""
-        recipe = self.manifest.get("recipe") or {"name": "none"}
-        return Report(str(self.manifest.get("name")), recipe["name"], tuple(self._rows))
 
     def run(self, *inputs: Any) -> Any:
         """Runs the program on this machine.
@@ -127,7 +136,19 @@ class Artifact:
                 f"{self.path / name} cannot be read by JAX {jax.__version__}; it was written with "
                 f"{self.manifest.get('jax')}: {type(error).__name__}: {error}."
             ) from error
+        self._check_fits(name, exported)
         return jax.jit(exported.call)
+
+    def _check_fits(self, name: str, exported: Any) -> None:
+        """Raises ArtifactError: the program takes or returns something else than is said of it."""
+        spelled = [([str(d) for d in x.shape], str(x.dtype)) for x in exported.in_avals]
+        stored = [([str(d) for d in x.shape], str(x.dtype)) for x in self.leaves]
+        taken = [([str(d) for d in shape], dtype) for _, shape, dtype in self.inputs.arrays]
+        count = len(self.outputs.arrays if name == PROGRAM else self.sites)
+        if spelled != [*stored, *taken] or len(exported.out_avals) != count:
+            raise ArtifactError(
+                f"{self.path / name} is not the program that {MANIFEST} and {MODEL} describe."
+            )
 
     def _checked(self, name: str) -> pathlib.Path:
         """The path of a file that is as the manifest says.
@@ -153,6 +174,26 @@ class Artifact:
             f"Artifact({str(self.path)!r}, {self.nbytes:,} bytes, {', '.join(self.platforms)}, "
             f"{self.inputs} -> {self.outputs})"
         )
+
+
+def _texts(items: Any) -> tuple[str, ...]:
+    """The items, which have to be different texts."""
+    items = tuple(items)
+    if len({item for item in items if isinstance(item, str)}) < len(items):
+        raise TypeError(f"expected different texts, found {items!r}")
+    return items
+
+
+def _row(data: Any) -> Row:
+    """A row of the report, whose fields have the types that they should have."""
+    row = Row(**{**data, "shape": tuple(data["shape"])})
+    for field in dataclasses.fields(Row):
+        value, kinds = getattr(row, field.name), _ROW[str(field.type)]
+        if type(value) not in kinds:
+            raise TypeError(f"{field.name} of a row is {value!r}")
+    if not all(type(n) is int for n in row.shape):
+        raise TypeError(f"the shape of a row is {row.shape!r}")
+    return row
 
 
 def load(path: str | os.PathLike[str]) -> Artifact:

@@ -265,6 +265,45 @@ def test_mutations(kind, how, count, originals, tmp_path):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("how", ["damage", "attack"])
+def test_mutations_of_a_program(how, count, tmp_path):
+    """Any file is damaged, or the manifest changed and sealed again; then loaded, shown and run."""
+    fn, w, x = lambda w, x: {"y": x @ w}, jnp.eye(4), jnp.ones((1, 4))
+    source, folder = tmp_path / "source", tmp_path / "m"
+    jc.export.stablehlo(jc.quantize_aware(fn, "w8a8"), w, x, path=source)
+    shutil.copytree(source, folder)
+    names = sorted(p.name for p in source.iterdir())
+    rng, seen = random.Random(f"program {how}"), collections.Counter()
+    with limited(2**31):  # what XLA needs to compile
+        for _ in range(count):
+            name = rng.choice(names) if how == "damage" else "manifest.json"
+            if how == "damage":
+                (folder / name).write_bytes(damage(rng, (source / name).read_bytes()))
+            else:
+                data = json.loads((source / name).read_text())
+                attack(rng, data)
+                about = data.pop("stablehlo", None)
+                about = about if isinstance(about, dict) else {}
+                about.pop("sha256", None)
+                (folder / name).write_bytes(_sealed.seal("stablehlo", about, data))
+            try:
+                artifact = jc.export.load(folder)
+                assert str(artifact.report) and repr(artifact)
+                if seen["loaded"] < 20 or how == "damage":
+                    np.testing.assert_array_equal(jax.tree.leaves(artifact.run(x))[0], x)
+                    jc.export.verify(artifact)
+            except jc.ArtifactError as error:
+                assert len(str(error)) > 20
+                seen["refused"] += 1
+            else:
+                seen["loaded"] += 1
+            assert sorted(os.listdir(folder)) == names
+            shutil.copyfile(source / name, folder / name)
+    assert seen["refused"] > count / 4
+    print(f"\nprogram, {how}: {count} mutations, {dict(seen)}")
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_mutations_of_a_report(count, tmp_path, capsys):
     """`jaxcompress report` of a damaged result: shown, or one message and exit code 2."""
     source = {

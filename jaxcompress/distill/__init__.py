@@ -28,3 +28,6 @@ from ._similarity import similarity as similarity
 from ._top_k import TopK as TopK
 from ._top_k import top_k as top_k
 from ._top_k import top_k_kl as top_k_kl
+from ._vocab import vocab_jsd as vocab_jsd
+from ._vocab import vocab_kl as vocab_kl
+from ._vocab import vocab_reverse_kl as vocab_reverse_kl

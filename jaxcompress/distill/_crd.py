@@ -32,10 +32,10 @@ def crd(temperature: float = 0.07) -> Loss:
     def compute(student, teacher, labels, weights):
         n = len(student)
         s, t = (unit(x.reshape(n, -1)) for x in (student, teacher))
-        taken = jnp.broadcast_to(weights > 0, (n, n))
+        taken = jnp.broadcast_to((weights > 0)[None], (n, n))
         if labels is not None:
             labels = jnp.asarray(labels)
-            taken &= (labels[:, None] != labels) | jnp.eye(n, dtype=bool)
+            taken &= (labels[:, None] != labels[None]) | jnp.eye(n, dtype=bool)
         scores = jnp.where(taken, gram(s, t) / temperature, RULED_OUT)
         rows = jax.nn.logsumexp(scores, axis=-1) - jnp.diagonal(scores)
         return reduced(rows, weights)

@@ -27,7 +27,7 @@ def pkt() -> Loss:
 
     def value(student, teacher, weights):
         q, p = (_neighbours(x, weights) for x in (student, teacher))
-        rows = jnp.sum(jnp.where(weights > 0, p * jnp.log(p / q), 0), axis=-1)
+        rows = jnp.sum(jnp.where(weights[None] > 0, p * jnp.log(p / q), 0), axis=-1)
         total = jnp.sum(weights)
         return jnp.sum(weights * rows) / jnp.where(total > 0, total, 1) ** 2
 
@@ -37,6 +37,6 @@ def pkt() -> Loss:
 def _neighbours(x: Array, weights: Array) -> Array:
     x = unit(x.reshape(len(x), -1))
     k = jnp.maximum((1 + gram(x, x)) / 2, 1e-6)
-    total = jnp.sum(weights * k, axis=-1, keepdims=True)
-    k = jnp.where(weights > 0, weights, 1) * k  # a mask takes no part; logs of it must exist
+    total = jnp.sum(weights[None] * k, axis=-1, keepdims=True)
+    k = jnp.where(weights > 0, weights, 1)[None] * k  # a mask takes no part; logs of it must exist
     return k / jnp.where(total > 0, total, 1)

@@ -26,14 +26,14 @@ def rkd(distance: float = 25.0, angle: float = 50.0) -> Loss:
     """
 
     def value(student, teacher, weights):
-        pairs = weights[:, None] * weights
+        pairs = weights[:, None] * weights[None]
         s, t = (x.reshape(len(x), -1) for x in (student, teacher))
-        ds, dt = (s[:, None] - s, t[:, None] - t)
+        ds, dt = s[:, None] - s[None], t[:, None] - t[None]
         found = jnp.zeros((), s.dtype)
         if distance:
             found += distance * _mean(_huber(_distances(ds, pairs) - _distances(dt, pairs)), pairs)
         if angle:
-            triples = pairs[..., None] * weights
+            triples = pairs[..., None] * weights[None, None]
             found += angle * _mean(_huber(_angles(ds) - _angles(dt)), triples)
         return found
 

@@ -24,7 +24,7 @@ def similarity() -> Loss:
     """
 
     def value(student, teacher, weights):
-        a, b = (unit(jnp.sqrt(weights) * gram(x, x)) for x in (student, teacher))
+        a, b = (unit(jnp.sqrt(weights)[None] * gram(x, x)) for x in (student, teacher))
         rows = jnp.sum((a - b) ** 2, axis=-1)
         total = jnp.sum(weights)
         return jnp.sum(weights * rows) / jnp.where(total > 0, total, 1) ** 2

@@ -22,8 +22,12 @@ from ._match import Match as Match
 from ._match import match as match
 from ._minilm import minilm as minilm
 from ._minilm import uniform_layers as uniform_layers
+from ._on_policy import on_policy as on_policy
 from ._pkt import pkt as pkt
 from ._rkd import rkd as rkd
+from ._self import ema as ema
+from ._self import ema_params as ema_params
+from ._self import mutual as mutual
 from ._similarity import similarity as similarity
 from ._top_k import TopK as TopK
 from ._top_k import top_k as top_k

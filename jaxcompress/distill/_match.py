@@ -77,6 +77,10 @@ class Pair:
         return self.student, self.teacher
 
 
+def _names(features: dict[str, Array]) -> str:
+    return ", ".join(f"`{name}`" for name in features) or "none"
+
+
 def match(
     student_pattern: str,
     teacher_pattern: str,

@@ -223,9 +223,17 @@ def test_quantize_aware_leaves_the_teacher_in_float(passed):
     p = loss.init(jax.random.key(3), STUDENT, (X, Y), **kwargs)
     aware = jax.value_and_grad(jc.quantize_aware(loss, "w8a8"), argnums=(0, 2), has_aux=True)
     (got, _), g = aware(STUDENT, (X, Y), p, **kwargs)
-    quantized = distill.loss_fn(jc.quantize_aware(model, "w8a8"), teacher, KL, hard_labels=True, match=m)
-    by_hand = jax.value_and_grad(quantized, argnums=(0, 2), has_aux=True)
-    (want, _), gradient = by_hand(STUDENT, (X, Y), p, **kwargs)
+    both = jc.quantize_aware(lambda p, x: (model(p, x), features(p, x)[1]), "w8a8")
+
+    def by_hand(params, p):  # features are what flows to a site, before it is rounded there
+        (out, hidden), theirs = both(params, X), features(TEACHER, X)[1]
+        soft = KL(out, model(TEACHER, X)) + distill.fitnet()(hidden @ p, theirs)
+        hard = optax.softmax_cross_entropy_with_integer_labels(out, Y).mean()
+        return 0.9 * soft + 0.1 * hard
+
+    (matrix,) = jax.tree.leaves(p)
+    want, gradient = jax.value_and_grad(by_hand, (0, 1))(STUDENT, matrix)
+    g = (g[0], jax.tree.leaves(g[1])[0])
     same((got, g), (want, gradient))
     assert abs(got - loss(STUDENT, (X, Y), p, **kwargs)[0]) > 1e-5
 

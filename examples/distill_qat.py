@@ -49,7 +49,10 @@ def fit(loss, params, data, rate):
 
 def main():
     up, down = jax.random.split(jax.random.key(0))
-    start = {"up": jax.random.normal(up, (64, 32)) / 8, "down": jax.random.normal(down, (32, 10)) / 5}
+    start = {
+        "up": jax.random.normal(up, (64, 32)) / 8,
+        "down": jax.random.normal(down, (32, 10)) / 5,
+    }
     teacher = fit(labels_alone, start, train, 3e-3)
     few = (train[0][:300], train[1][:300])
 

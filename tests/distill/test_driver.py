@@ -76,7 +76,10 @@ def test_labels_alpha_and_mask(labels, batch):
         model, model, KL, hard_labels=labels, alpha=0.7, mask=lambda batch: keep, **where
     )
     few = (X[keep], Y[keep]) if labels is True else {"x": X[keep], "y": Y[keep]}
-    same(masked(STUDENT, batch, teacher_params=TEACHER)[0], loss(STUDENT, few, teacher_params=TEACHER)[0])
+    same(
+        masked(STUDENT, batch, teacher_params=TEACHER)[0],
+        loss(STUDENT, few, teacher_params=TEACHER)[0],
+    )
 
 
 def test_dkd_gets_the_labels():
@@ -201,7 +204,9 @@ def frameworks():
     yield "equinox", lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, "layers/1/*"
 
 
-@pytest.mark.parametrize("name, apply, params, pattern", list(frameworks()), ids=lambda x: str(x)[:8])
+@pytest.mark.parametrize(
+    "name, apply, params, pattern", list(frameworks()), ids=lambda x: str(x)[:8]
+)
 def test_frameworks(name, apply, params, pattern):
     """A student of any framework, compared with a plain teacher, without a hook in the model."""
     m = distill.match(pattern, "2", distill.similarity())

@@ -6,7 +6,7 @@ has layers an eighth as wide and learns from an eighth of the rows, from labels 
 and the teacher (and, in two configurations, from all rows). The 2-bit networks are the
 teacher itself with weights of 2 bits, trained further on the eighth of the rows, with labels alone
 or with its float self as teacher. In one seed all of them start from the same weights and see the
-same batches. Each finished run is a line of `benchmarks/logs/distill_study.jsonl`, and what is there
+same batches. Each finished run is a line of `benchmarks/logs/distill_study.jsonl`; what is there
 is not run again. Differences are paired by seed; the 95 % intervals are those of Student's t.
 
 Usage: python benchmarks/distill_study.py [--only labels,kd] [--seeds 5] [--validation]

@@ -3,8 +3,8 @@
 
     python examples/distill_qat.py
 
-1797 of scikit-learn's handwritten digits, 8 x 8 pixels; the last 397 are the test set, and the 2-bit
-network is tuned on 300.
+1797 of scikit-learn's handwritten digits, 8 x 8 pixels; the last 397 are the test set, and the
+2-bit network is tuned on 300.
 """
 
 import jax

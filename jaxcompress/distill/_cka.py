@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import Array
 
 from ._loss import Loss, batch_loss, unit
 from ._similarity import gram

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import Array
 
 from ._loss import RULED_OUT, Loss, described, log_softmax, positive, spread, unit
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import Array
 
 from ._loss import (
     Loss,
@@ -35,14 +35,14 @@ def kl(temperature: float = 1.0, *, reduction: str = "mean") -> Loss:
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[4.0, 0.0]])
     >>> print(round(float(kl(temperature=4.0)(student, teacher)), 4))
-    1.7711
+    1.7751
 
     References: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
     """
     T, name = temperature, described("kl", temperature=temperature)
     positive(name, temperature=T)
 
-    def values(student: Float[Array, "..."], teacher: Float[Array, "..."]):
+    def values(student: Array, teacher: Array):
         return T**2 * relative_entropy(log_softmax(teacher, T), log_softmax(student, T))
 
     return row_loss(name, values, reduction=reduction)
@@ -52,7 +52,7 @@ def reverse_kl(temperature: float = 1.0, *, reduction: str = "mean") -> Loss:
     """T^2 KL(q || p): the student keeps to modes of the teacher. Settings as in `kl`.
 
     >>> import jax.numpy as jnp
-    >>> print(float(reverse_kl()(jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 3.0]]))))
+    >>> print(abs(round(float(reverse_kl()(jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 3.0]]))), 6)))
     0.0
 
     References: Gu et al. 2024, MiniLLM, equation 1.
@@ -125,7 +125,8 @@ def skew_reverse_kl(
     """T^2 KL(q || (1 - a) p + a q): `skew_kl` the other way round.
 
     >>> import jax.numpy as jnp
-    >>> print(float(skew_reverse_kl()(jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 3.0]]))))
+    >>> same = jnp.array([[1.0, 3.0]])
+    >>> print(abs(round(float(skew_reverse_kl()(same, same)), 6)))
     0.0
 
     References: Ko et al. 2024, DistiLLM, section 3.1.

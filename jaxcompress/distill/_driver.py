@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array
+from jax import Array, lax
 
 from .._errors import JaxCompressError
 from ._labels import cross_entropy
@@ -81,8 +80,8 @@ class Distillation:
         """
         shapes: list[list[Pair]] = []
 
-        def features(*args):
-            for pairs in self._run(*args, None)[2]:
+        def features(params, batch, teacher_params):
+            for pairs in self._run(params, batch, teacher_params, None)[2]:
                 shapes.append([p.shapes() for p in pairs])
 
         jax.eval_shape(features, params, batch, teacher_params)
@@ -144,7 +143,7 @@ def _recalled(known: Any, count: int) -> tuple[Any, list[dict[str, Array]]]:
     if len(features) != count:
         raise JaxCompressError(
             f"the recording has the features of {len(features)} patterns and {count} matches ask "
-            "for them. Give record(features=...) the matches that loss_fn gets."
+            'for them: {"output": ..., "features": one list of arrays for each match}.'
         )
     return known["output"], [
         {f"recorded[{i}]": jnp.asarray(x) for i, x in enumerate(found)} for found in features
@@ -196,7 +195,7 @@ def loss_fn(
       projections: from `loss.init(key, params, batch)`, where features differ in width.
       teacher_params: the teacher is then called as `teacher(teacher_params, inputs)`, and keeps
         the sharding of its parameters; a tuple of them for several teachers.
-      teacher_outputs: stored outputs of this batch (`record`) instead of running the teacher:
+      teacher_outputs: stored outputs of this batch instead of running the teacher:
         logits, a `TopK`, or `{"output": ..., "features": ...}`.
       step: for the schedule.
 
@@ -232,7 +231,10 @@ def loss_fn(
     References: Hinton et al. 2015, section 2; Polino et al. 2018, Model Compression via
     Distillation and Quantization, section 3.
     """
-    teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
+    if teacher is None or callable(teacher):
+        teachers: tuple[Callable | None, ...] = (teacher,)
+    else:
+        teachers = tuple(teacher)
     matches = (match,) if isinstance(match, Match) else tuple(match)
     labels = 1 if hard_labels is True else hard_labels
     labels = None if labels is False else labels

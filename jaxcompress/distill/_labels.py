@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import Array
 
 from ._loss import log_softmax, row_loss
 

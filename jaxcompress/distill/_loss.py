@@ -14,8 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jax import Array, lax
 
 from .._core import _compat
 from .._errors import JaxCompressError
@@ -45,12 +44,12 @@ class Loss:
 
     def __call__(
         self,
-        student: Float[Array, "..."],
-        teacher: Float[Array, "..."],
+        student: Array,
+        teacher: Array,
         *,
-        labels: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-    ) -> Float[Array, "..."]:
+        labels: Any | None = None,
+        mask: Any | None = None,
+    ) -> Array:
         """The loss of what the student says, given what the teacher says.
 
         Args:

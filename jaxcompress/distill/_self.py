@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax import Array
 
 from .._errors import JaxCompressError
 from ._labels import cross_entropy
@@ -45,7 +45,7 @@ def ema(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> EMAState:
         return EMAState(jax.tree.map(jnp.asarray, params))
 
-    def update(updates: Any, state: EMAState, params: Any = None, **_: Any):
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
         if params is None:
             raise JaxCompressError("ema: call tx.update(gradients, state, params).")
         new = optax.apply_updates(params, updates)

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jax import Array, lax
 
 from .._core import _compat
 from .._errors import JaxCompressError
@@ -71,18 +70,18 @@ def _jsd(q: Array, p: Array, sums: _Sums, beta: float) -> tuple[Array, Array]:
 
 
 def vocab_kl(
-    student_hidden: Float[Array, "tokens d"],
-    student_head: Float[Array, "d vocab"],
-    teacher_hidden: Float[Array, "tokens width"] | TopK,
-    teacher_head: Float[Array, "e vocab"] | None = None,
+    student_hidden: Array,
+    student_head: Array,
+    teacher_hidden: Array | TopK,
+    teacher_head: Array | None = None,
     *,
     temperature: float = 1.0,
     mask: Any = None,
     chunk: int | None = None,
-    labels: Int[Array, " tokens"] | None = None,
+    labels: Array | None = None,
     alpha: float = 1.0,
     axis_name: str | None = None,
-) -> Float[Array, ""]:
+) -> Array:
     """Mean over tokens of T^2 KL(teacher || student), from hidden states and heads.
 
     Equal to `kl` of the full logits, in time about that of the matmuls and in the memory of one
@@ -109,7 +108,7 @@ def vocab_kl(
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.eye(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> print(round(float(vocab_kl(hidden, head, hidden, 2 * head)), 4))
-    0.0282
+    0.0448
 
     References: Hinton et al. 2015, section 2; gradients in the forward pass: Hsu et al. 2024,
     Liger Kernel, section 3.2.
@@ -120,23 +119,23 @@ def vocab_kl(
 
 
 def vocab_reverse_kl(
-    student_hidden: Float[Array, "tokens d"],
-    student_head: Float[Array, "d vocab"],
-    teacher_hidden: Float[Array, "tokens width"],
-    teacher_head: Float[Array, "e vocab"] | None = None,
+    student_hidden: Array,
+    student_head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array | None = None,
     *,
     temperature: float = 1.0,
     mask: Any = None,
     chunk: int | None = None,
-    labels: Int[Array, " tokens"] | None = None,
+    labels: Array | None = None,
     alpha: float = 1.0,
     axis_name: str | None = None,
-) -> Float[Array, ""]:
+) -> Array:
     """Mean over tokens of T^2 KL(student || teacher); all else as in `vocab_kl`.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.eye(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> print(float(vocab_reverse_kl(hidden, head, hidden, head)))
+    >>> print(abs(round(float(vocab_reverse_kl(hidden, head, hidden, head)), 6)))
     0.0
     """
     return _fused("vocab_reverse_kl", _reverse_kl, temperature, alpha, chunk, axis_name)(
@@ -145,24 +144,24 @@ def vocab_reverse_kl(
 
 
 def vocab_jsd(
-    student_hidden: Float[Array, "tokens d"],
-    student_head: Float[Array, "d vocab"],
-    teacher_hidden: Float[Array, "tokens width"],
-    teacher_head: Float[Array, "e vocab"] | None = None,
+    student_hidden: Array,
+    student_head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array | None = None,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
     mask: Any = None,
     chunk: int | None = None,
-    labels: Int[Array, " tokens"] | None = None,
+    labels: Array | None = None,
     alpha: float = 1.0,
     axis_name: str | None = None,
-) -> Float[Array, ""]:
+) -> Array:
     """Mean over tokens of T^2 times the generalized JSD of `jsd`; all else as in `vocab_kl`.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.eye(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> print(float(vocab_jsd(hidden, head, hidden, head)))
+    >>> print(abs(round(float(vocab_jsd(hidden, head, hidden, head)), 6)))
     0.0
     """
     fraction("vocab_jsd", beta=beta)
@@ -180,7 +179,7 @@ def _fused(
     alpha: float,
     chunk: int | None,
     axis_name: str | None,
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """The loss of (hidden, head, teacher's hidden, teacher's head, mask, labels)."""
     name = described(name, temperature=temperature)
     positive(name, temperature=temperature, chunk=CHUNK if chunk is None else chunk)
@@ -291,7 +290,7 @@ def _scan(setting: _Setting, hidden: Array, head: Array, rest: Any, gradients: b
 
     (value, *d_head), d_hidden = lax.scan(step, start, xs)
     value = _one(value, setting.axis_name)
-    if not gradients:
+    if d_hidden is None:
         return (value,)
     d_hidden = d_hidden.reshape(count * size, -1)[:n]
     return value, d_hidden, *d_head

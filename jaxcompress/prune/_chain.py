@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from .._errors import RecipeError
-from ._bits import opened
+from ._bits import is_bits
 from ._link import Pruner, find_states, weights_of
 
 
@@ -56,25 +56,22 @@ def chain(*links: Any) -> optax.GradientTransformationExtraArgs:
 
 def _reset(state: Any, grown: Any, params: Any) -> Any:
     """The state with zeros where weights have grown."""
-    back = jax.tree_util.tree_leaves_with_path(opened(grown))
-    shapes = [x.shape for x in jax.tree.leaves(params)]
-    known = {path: m for (path, m), shape in zip(back, shapes, strict=True) if m.shape == shape}
+    back = jax.tree_util.tree_leaves_with_path(grown, is_leaf=is_bits)
+    pairs = zip(back, jax.tree.leaves(params), strict=True)
+    known = {path: (bits, x.shape) for (path, bits), x in pairs if is_bits(bits)}
     flat, tree = jax.tree_util.tree_flatten_with_path(state)
-
-    def mask_of(path: tuple, x: Any) -> Any:
-        tails = (path[i:] for i in range(len(path) + 1))
-        mask = next((known[tail] for tail in tails if tail in known), None)
-        fits = mask is not None and jnp.shape(x) == mask.shape and not jnp.issubdtype(x.dtype, bool)
-        return mask if fits else None
-
-    found = {i: m for i, (path, x) in enumerate(flat) if (m := mask_of(path, x)) is not None}
-    leaves = [x for _, x in flat]
+    leaves, found = [x for _, x in flat], {}
+    for i, (path, x) in enumerate(flat):
+        tails = (path[k:] for k in range(len(path) + 1))
+        bits, shape = next((known[tail] for tail in tails if tail in known), (None, None))
+        if jnp.shape(x) == shape:
+            found[i] = bits
 
     def zeros(moments: list[jax.Array]) -> list[jax.Array]:
         pairs = zip(moments, found.values(), strict=True)
-        return [jnp.where(mask, jnp.zeros((), x.dtype), x) for x, mask in pairs]
+        return [jnp.where(bits.mask(), jnp.zeros((), x.dtype), x) for x, bits in pairs]
 
-    some = jnp.any(jnp.stack([jnp.any(mask) for mask in known.values()]))
+    some = jnp.any(jnp.stack([jnp.any(bits.packed) for bits, _ in known.values()]))
     moments = lax.cond(some, zeros, lambda x: x, [leaves[i] for i in found])
     for i, x in zip(found, moments, strict=True):
         leaves[i] = x

@@ -94,11 +94,13 @@ def pruner(rule: Rule, targets: Targets) -> Pruner:
             masks = [jnp.ones_like(leaves[t.index], bool) for t in found]
         else:
             masks = list(rule.first(found))
-        grown = None
-        if rule.regrows:
-            grown = _tree(tree, leaves, found, [jnp.zeros_like(m) for m in masks])
-        level = jnp.asarray(rule.start, jnp.float32)
-        return PruneState(jnp.zeros((), jnp.int32), level, _tree(tree, leaves, found, masks), grown)
+        none = [Bits.of(jnp.zeros_like(m)) for m in masks]
+        return PruneState(
+            jnp.zeros((), jnp.int32),
+            jnp.asarray(rule.start, jnp.float32),
+            _tree(tree, leaves, found, [Bits.of(m) for m in masks]),
+            _tree(tree, leaves, found, none) if rule.regrows else None,
+        )
 
     def update(
         updates: Any, state: PruneState, params: Any = None, *, grads: Any = None, **extra: Any
@@ -113,39 +115,47 @@ def pruner(rule: Rule, targets: Targets) -> Pruner:
         found = targets.find(params)
         changes = tree.flatten_up_to(inside)
         kept = tree.flatten_up_to(state.masks)
-        masks = [kept[t.index].mask() for t in found]
-        for t, mask in zip(found, masks, strict=True):
+        bits = [kept[t.index] for t in found]
+        for t, old in zip(found, bits, strict=True):
             if changes[t.index] is None or isinstance(changes[t.index], optax.MaskedNode):
                 raise JaxCompressError(
                     f"{rule.name}: `{t.path}` is to be pruned and gets no update. Leave it out "
                     f'with exclude="{t.path}", or train it.'
                 )
-            _check_last(rule, t, leaves[t.index], mask, state.count)
-        values = [
-            jnp.where(mask, (x + u).astype(x.dtype), jnp.zeros((), x.dtype))
-            for x, u, mask in ((leaves[t.index], changes[t.index], m) for t, m in zip(found, masks))
-        ]
-        gradients = _gradients(rule, grads, inside, tree, found, masks)
+            _check_last(rule, t, leaves[t.index], old, state.count)
+        gradients = _gradients(rule, grads, inside, tree, found, bits)
+        moved = [(leaves[t.index], changes[t.index]) for t in found]
+        level = rule.level(state.count)  # counts are exact where it is a number of Python
+        due = rule.due(state.count) & (jnp.asarray(level, jnp.float32) != state.level)
 
-        level = jnp.asarray(rule.level(state.count), jnp.float32)
-        due = rule.due(state.count) & (level != state.level)
-        chosen = rule.level(state.count)  # a number, where it is one: exact counts
-        held = Weights(values, masks, gradients)
+        # All but one `where` happens only when masks change.
+        def choose(held: tuple) -> tuple[list[Bits], list[Bits]]:
+            bits, moved, gradients = held
+            masks = [b.mask() for b in bits]
+            values = [
+                jnp.where(mask, (x + u).astype(x.dtype), jnp.zeros((), x.dtype))
+                for (x, u), mask in zip(moved, masks, strict=True)
+            ]
+            held = Weights(values, masks, gradients)
+            new = list(rule.choose(found, level, state.count, held))
+            grown = [n & ~m for n, m in zip(new, masks, strict=True)] if rule.regrows else []
+            return [Bits.of(n) for n in new], [Bits.of(g) for g in grown]
 
-        def choose(held: Weights) -> list[jax.Array]:
-            return list(rule.choose(found, chosen, state.count, held))
+        def keep(held: tuple) -> tuple[list[Bits], list[Bits]]:
+            bits = held[0]
+            none = [Bits(jnp.zeros_like(b.packed), b.last) for b in bits] if rule.regrows else []
+            return bits, none
 
-        new = lax.cond(due, choose, lambda held: held.masks, held)
-        grown = [n & ~m for n, m in zip(new, masks, strict=True)]
-        for t, mask, back in zip(found, new, grown, strict=True):
-            x, u = leaves[t.index], changes[t.index]
+        bits, grown = lax.cond(due, choose, keep, (bits, moved, gradients))
+        for i, (t, new, (x, u)) in enumerate(zip(found, bits, moved, strict=True)):
+            if rule.regrows:  # what grows starts from zero
+                new = Bits(new.packed & ~grown[i].packed, new.last)
             dtype = jnp.promote_types(x.dtype, u.dtype)
-            moves = mask & ~back if rule.regrows else mask
-            changes[t.index] = jnp.where(moves, u.astype(dtype), -x.astype(dtype))
+            changes[t.index] = jnp.where(new.mask(), u.astype(dtype), -x.astype(dtype))
         state = PruneState(
             optax.safe_increment(state.count),
-            jnp.where(due, level, state.level),
-            _tree(tree, leaves, found, new),
+            jnp.where(due, jnp.asarray(level, jnp.float32), state.level),
+            _tree(tree, leaves, found, bits),
             _tree(tree, leaves, found, grown) if rule.regrows else None,
         )
         return _put(whole, jax.tree.unflatten(tree, changes)), state
@@ -153,17 +163,22 @@ def pruner(rule: Rule, targets: Targets) -> Pruner:
     return Pruner(init, update)
 
 
-def _tree(tree: Any, leaves: Sequence, found: Sequence[Target], masks: Sequence) -> Any:
-    """Packed masks in the structure of the parameters; True for what is left alone."""
+def _tree(tree: Any, leaves: Sequence, found: Sequence[Target], masks: Sequence[Bits]) -> Any:
+    """Masks in the structure of the parameters; True for what is left alone."""
     out: list[Any] = [jnp.asarray(True) for _ in leaves]
     for t, mask in zip(found, masks, strict=True):
-        out[t.index] = Bits.of(mask)
+        out[t.index] = mask
     return jax.tree.unflatten(tree, out)
 
 
 def _gradients(
-    rule: Rule, grads: Any, updates: Any, tree: Any, found: Sequence[Target], masks: Sequence
+    rule: Rule, grads: Any, updates: Any, tree: Any, found: Sequence[Target], bits: Sequence[Bits]
 ) -> list[Any]:
+    """The gradients by which weights grow, for each target; None where none are needed.
+
+    Raises:
+      JaxCompressError: there are none, or (outside of jit) they are zero wherever it matters.
+    """
     if not rule.gradients:
         return [None] * len(found)
     if rule.gradients == "updates":
@@ -177,10 +192,10 @@ def _gradients(
         )
     leaves = tree.flatten_up_to(weights_of(grads))
     out = [leaves[t.index] for t in found]
-    known = [(g, m) for g, m in zip(out, masks, strict=True) if not isinstance(g, Tracer)]
-    if rule.gradients == "gradients" and known and len(known) == len(found):
-        pruned = [(g, ~m) for g, m in known if not isinstance(m, Tracer)]
-        if any(m.any() for _, m in pruned) and not any((g != 0)[m].any() for g, m in pruned):
+    if rule.gradients == "gradients" and not _traced(out, bits):
+        pruned = [~b.mask() for b in bits]
+        any_pruned = any(bool(m.any()) for m in pruned)
+        if any_pruned and not any(bool((g != 0)[m].any()) for g, m in zip(out, pruned)):
             raise JaxCompressError(
                 f"{rule.name}: all gradients at pruned weights are zero, so that nothing says "
                 "which of them should grow. Differentiate the loss itself, not "
@@ -189,19 +204,21 @@ def _gradients(
     return out
 
 
-def _check_last(rule: Rule, t: Target, x: Any, mask: Any, count: Any) -> None:
+def _check_last(rule: Rule, t: Target, x: Any, bits: Bits, count: Any) -> None:
     """Raises where a pruned weight is not zero: something changed the updates behind the pruner.
 
     Only outside of jit, where values are known.
     """
-    if any(isinstance(v, Tracer) for v in (x, mask, count)) or count == 0:
-        return
-    if bool(jnp.any((x != 0) & ~mask)):
+    if not _traced(x, bits, count) and count > 0 and bool(jnp.any((x != 0) & ~bits.mask())):
         raise RecipeError(
             f"{rule.name}: pruned weights of `{t.path}` are not zero. The pruner must be the last "
             "link of the chain: what changes updates goes in front of it; and every update must "
             "be applied to the parameters."
         )
+
+
+def _traced(*tree: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def weights_of(tree: Any) -> Any:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing the largest scores: exact counts, the same choice on any number of devices.
 
-Nothing is sorted. A threshold is found bit by bit, each time by counting the scores above it, so
-that arrays that are split over devices stay where they are and only counts travel.
+Nothing is sorted. A threshold is found bit by bit, each time by counting the scores above it,
+until the count is the one wanted. Arrays that are split over devices stay where they are and only
+counts travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,28 +30,38 @@ def largest(scores: Sequence[jax.Array], count: Any) -> list[jax.Array]:
     [Array([ True,  True, False], dtype=bool), Array([[False]], dtype=bool)]
     """
     wide = any(x.dtype.itemsize > 4 for x in scores)
-    keys = [_ordered(x, wide) for x in scores]
-    count = jnp.asarray(count, jnp.int32)
-
-    def total(of: Callable[..., jax.Array], *more: Sequence) -> jax.Array:
-        parts = [jnp.sum(of(*x), dtype=jnp.int32) for x in zip(keys, *more, strict=True)]
-        return sum(parts, start=jnp.zeros((), jnp.int32))
-
-    bound = _bisect(keys[0].dtype, lambda t: total(lambda k: k >= t) >= count)
-    places, start = [], 0
+    keys, start = [], 0
     for x in scores:
-        places.append(_places(x.shape) + jnp.uint32(start))
+        # Pairs in lexicographic order: the score, and for equal ones what is larger in front.
+        keys.append((_ordered(x, wide), ~(_places(x.shape) + jnp.uint32(start))))
         start += x.size
-    left = count - total(lambda k: k > bound)
+    count = jnp.asarray(count, jnp.int32)
+    width = 64 if wide else 32
 
-    def first(_: None) -> jax.Array:
-        fits = lambda end: total(lambda k, i: (k == bound) & (i < end), places) <= left  # noqa: E731
-        return _bisect(jnp.dtype("uint32"), fits)
+    def above(high: jax.Array, low: jax.Array) -> list[jax.Array]:
+        return [(k > high) | ((k == high) & (p >= low)) for k, p in keys]
 
-    # Usually one score lies at the threshold, and then there is nothing to look for.
-    everyone = lambda _: jnp.uint32(0xFFFFFFFF)  # noqa: E731
-    end = lax.cond(total(lambda k: k == bound) <= left, everyone, first, None)
-    return [(k > bound) | ((k == bound) & (i < end)) for k, i in zip(keys, places, strict=True)]
+    def step(state: tuple) -> tuple:
+        i, high, low, _ = state
+        bit = width - 1 - i  # of the score while it is not negative, then of the place
+        one, other = jnp.ones((), high.dtype), jnp.ones((), low.dtype)
+        score = one << jnp.maximum(bit, 0).astype(high.dtype)
+        place = other << jnp.maximum(bit + 32, 0).astype(low.dtype)
+        higher = jnp.where(bit >= 0, high | score, high)
+        lower = jnp.where(bit < 0, low | place, low)
+        parts = [jnp.sum(mask, dtype=jnp.int32) for mask in above(higher, lower)]
+        total = sum(parts, start=jnp.zeros((), jnp.int32))
+        enough = total >= count
+        high, low = jnp.where(enough, higher, high), jnp.where(enough, lower, low)
+        return i + 1, high, low, total == count
+
+    def unfinished(state: tuple) -> jax.Array:
+        i, *_, exact = state
+        return ~exact & (i < width + 32)
+
+    first = (jnp.int32(0), jnp.zeros((), keys[0][0].dtype), jnp.uint32(0), count == 0)
+    _, high, low, _ = lax.while_loop(unfinished, step, first)
+    return [mask & (count > 0) for mask in above(high, low)]
 
 
 def _ordered(x: jax.Array, wide: bool) -> jax.Array:
@@ -68,17 +79,6 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
     return place
-
-
-def _bisect(dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest unsigned integer for which `holds`, which holds for all smaller ones."""
-    width = dtype.itemsize * 8
-
-    def step(i: jax.Array, low: jax.Array) -> jax.Array:
-        bit = jnp.array(1, dtype) << (width - 1 - i).astype(dtype)
-        return jnp.where(holds(low | bit), low | bit, low)
-
-    return lax.fori_loop(0, width, step, jnp.zeros((), dtype))
 
 
 def n_of_m(scores: jax.Array, n: Any, m: int, axis: int) -> jax.Array:

@@ -29,7 +29,7 @@ def pruned_count(sparsity: Any, size: int) -> Any:
     if isinstance(sparsity, (int, float)):
         if not 0 <= sparsity <= 1:
             raise RecipeError(
-                f"the schedule gave the sparsity {sparsity!r}, which is not in [0, 1)"
+                f"the schedule gave the sparsity {sparsity!r}, which is not in [0, 1]"
             )
         return round(sparsity * size)
     share = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1)

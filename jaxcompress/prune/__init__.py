@@ -4,6 +4,7 @@
 from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform
+from ._fixed import fixed as fixed
 from ._link import PruneState as PruneState
 from ._link import masks as masks
 from ._magnitude import magnitude as magnitude
@@ -13,6 +14,9 @@ from ._masks import sparsity as sparsity
 from ._nm import nm as nm
 from ._random import random as random
 from ._rigl import rigl as rigl
+from ._saliency import grasp as grasp
+from ._saliency import snip as snip
+from ._saliency import synflow as synflow
 from ._schedules import constant as constant
 from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot

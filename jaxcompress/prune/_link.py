@@ -8,7 +8,7 @@ the sum of the two is exactly zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.core import Tracer
 from .._core.typed import Trained
 from .._errors import JaxCompressError, RecipeError
 from ._bits import Bits, opened
-from ._targets import Target, Targets
+from ._targets import Target
 
 
 class PruneState(NamedTuple):
@@ -82,7 +82,13 @@ class Pruner(optax.GradientTransformationExtraArgs):
     """A pruner: an optax transformation that must be the last link of its chain."""
 
 
-def pruner(rule: Rule, targets: Targets) -> Pruner:
+class Finder(Protocol):
+    """What says which arrays of a pytree are pruned: `Targets`, for one."""
+
+    def find(self, params: Any) -> list[Target]: ...
+
+
+def pruner(rule: Rule, targets: Finder) -> Pruner:
     """The optax transformation of a rule."""
 
     def init(params: Any) -> PruneState:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from .._errors import RecipeError
 
@@ -20,7 +20,7 @@ def checked(name: str, value: Any) -> float:
     Raises:
       RecipeError: it is not in [0, 1).
     """
-    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value < 1:
         raise RecipeError(
             f"{name}={value!r}: a sparsity is the part of the weights that become zero, at least "
             "0 and less than 1. 90 % is 0.9."

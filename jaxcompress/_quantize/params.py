@@ -110,7 +110,8 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
             if old is None:
                 return change
             new = typed.restored(typed.only(gradient), old)
-            moved = QuantParams(*change, jax.tree.map(jnp.subtract, new, old.statistics))
+            statistics = jax.tree.map(jnp.subtract, new, old.statistics)
+            moved = QuantParams(change.weights, change.learned, statistics)
             return jax.tree.map(lambda _: moved, leaf, is_leaf=typed.is_typed)
 
         leaves, tree = jax.tree.flatten(params, is_leaf=_holds)

@@ -109,7 +109,7 @@ def pruner(rule: Rule, targets: Finder) -> Pruner:
         )
 
     def update(
-        updates: Any, state: PruneState, params: Any = None, *, grads: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, grads: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
         del extra
         if params is None:
@@ -159,7 +159,7 @@ def pruner(rule: Rule, targets: Finder) -> Pruner:
             dtype = jnp.promote_types(x.dtype, u.dtype)
             changes[t.index] = jnp.where(new.mask(), u.astype(dtype), -x.astype(dtype))
         state = PruneState(
-            optax.safe_increment(state.count),
+            state.count + 1,
             jnp.where(due, jnp.asarray(level, jnp.float32), state.level),
             _tree(tree, leaves, found, bits),
             _tree(tree, leaves, found, grown) if rule.regrows else None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._errors import JaxCompressError
 from ._bits import opened
@@ -69,6 +70,6 @@ def sparsity(tree: Any, *, min_ndim: int = 2) -> Any:
     size = sum(x.size for x in leaves)
     if not size:
         return 0.0
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if any(isinstance(x, Tracer) for x in leaves):
         return sum(jnp.sum(x == 0, dtype=jnp.float32) for x in leaves) / size
     return sum(int(jnp.sum(x == 0)) for x in leaves) / size

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from .._errors import JaxCompressError, RecipeError
 from ._allocate import Allocation
@@ -201,7 +202,7 @@ def _is_float(x: Any) -> bool:
 
 def _check(name: str, found: Sequence[Target], scores: Sequence[jax.Array]) -> None:
     for t, score in zip(found, scores, strict=True):
-        if not isinstance(score, jax.core.Tracer) and not bool(jnp.any(score != 0)):
+        if not isinstance(score, Tracer) and not bool(jnp.any(score != 0)):
             raise JaxCompressError(
                 f"{name}: no gradient reaches `{t.path}`: all its scores are zero, and nothing "
                 f'says what to keep. Leave it out with exclude="{t.path}".'

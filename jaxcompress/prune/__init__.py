@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: weights that are exactly zero, by any published criterion, in any pytree."""
 
+from ._axes import contracted_axes as contracted_axes
 from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform

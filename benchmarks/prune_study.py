@@ -95,6 +95,7 @@ CONFIGS = {
     ),
     "cubic90": ("cubic, 90 %", gradual(0.9)),
     "static95": ("static, ERK, 95 %", static(0.95)),
+    "static95-uniform": ("static, uniform, 95 %", static(0.95, "uniform")),
     "set95": ("SET, ERK, 95 %", moving(jc.prune.set, 0.95)),
     "rigl95": ("RigL, ERK, 95 %", moving(jc.prune.rigl, 0.95)),
     "rigl95-uniform": ("RigL, uniform, 95 %", moving(jc.prune.rigl, 0.95, "uniform")),
@@ -106,8 +107,9 @@ COMPARISONS = (
     ("cubic90", "oneshot90", "above 0"),
     ("rigl95", "static95", "above 0"),
     ("rigl95", "rigl95-uniform", "above 0"),
+    ("static95", "static95-uniform", "above 0"),
+    ("cubic95-erk", "cubic95", "above 0"),
     ("rigl95", "set95", "reported"),
-    ("cubic95-erk", "cubic95", "reported"),
     ("cubic95-erk", "rigl95", "reported"),
     ("cubic90", "dense", "reported"),
 )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transform, Transformed
+from .._core.transform import Transform, Transformed
 from .._errors import SiteError
 
 
@@ -36,7 +36,7 @@ class Varies(Transform):
         return bind(*operands), jnp.stack(varies)
 
 
-def contracted_axes(fn: Callable, *, argnums: ArgNums = 0) -> Callable[..., dict[str, int]]:
+def contracted_axes(fn: Callable, *, argnums: int = 0) -> Callable[..., dict[str, int]]:
     """Finds the axis of inputs of every parameter that a matmul or convolution reads.
 
     Each axis is numbered through, in all parameters at once, and seen at the sites: through
@@ -45,7 +45,7 @@ def contracted_axes(fn: Callable, *, argnums: ArgNums = 0) -> Callable[..., dict
 
     Args:
       fn: a forward pass or loss; not a train step.
-      argnums: position (or name) of the argument that holds the parameters.
+      argnums: position of the argument that holds the parameters.
 
     Returns:
       A function of the arguments of `fn` that returns {key path: axis, negative}, for
@@ -59,12 +59,10 @@ def contracted_axes(fn: Callable, *, argnums: ArgNums = 0) -> Callable[..., dict
     {'v': -2, 'w': -1}
     """
     inner = Transformed(fn, Varies(), argnums)
-    if len(inner.argnums) != 1 or not isinstance(inner.argnums[0], int):
-        raise SiteError(f"contracted_axes(argnums={argnums!r}): expected one position.")
 
     def find(*args: Any, **kwargs: Any) -> dict[str, int]:
-        place = inner.argnums[0] % len(args)
         traced = inner.trace(*args, **kwargs)
+        place = argnums % len(args)
         ranks = {path: len(x.shape) for path, x in traced.leaves}
         _, state = inner.init(*args, **kwargs)
         seen = []

@@ -5,7 +5,7 @@ After every step: zeros are exact and as many as asked for; the structure, shape
 state are what they were; one program was compiled; a run that is stored and resumed is the same.
 
 The default run takes a cover in which every two of pruner, optimizer and pytree meet; `-m full`
-takes all, and `tests/laws/prune_full.log` is its output.
+takes all.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress import prune
 
-# name: (pruner, {step: part of an array of n weights that is kept, as a function of n})
+# name: (pruner, for each step how many of n weights are kept)
 STEPS = 6
 
 

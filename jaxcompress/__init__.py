@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression for any JAX function: a function goes in, a function comes out."""
 
+from . import export as export
 from . import formats as formats
 from . import prune as prune
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
+from ._core.packed import with_qtensors as with_qtensors
 from ._core.qtensor import QTensor as QTensor
 from ._core.qtensor import nbytes as nbytes
 from ._core.sites import Operand as Operand
@@ -32,5 +34,7 @@ from ._quantize.report import report as report
 from ._quantize.stateful import quantize_aware_with_state as quantize_aware_with_state
 from ._task import Task as Task
 from ._task import Train as Train
+from .export import load_params as load_params
+from .export import save_params as save_params
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `jaxcompress compress | sites | report | recipes`."""
+"""The command line: `jaxcompress compress | sites | report | verify | recipes`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from rich.table import Table
 from . import __version__
 from ._compress import compress, initial
 from ._core.observe import sites
-from ._errors import JaxCompressError, RecipeError
+from ._errors import ArtifactError, JaxCompressError, RecipeError
 from ._quantize import recipes
 from ._quantize.aware import describe
 from ._quantize.recipe import Recipe
 from ._quantize.report import Report, Row
-from ._result import FLOAT_PARAMETERS, PARAMETERS, read_report
+from ._result import REPORT, STABLEHLO, read_report
 from ._task import Task, load_task, user_code
+from .export import load, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,18 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words behind `jaxcompress`; those of the process when left out.
 
     Returns:
-      The exit code: 0, 2 for anything that the user can mend, 130 when interrupted.
+      The exit code: 0, 1 for an artifact that differs, 2 for anything that the user can mend, 130
+      when interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (JaxCompressError, OSError) as error:
-        print(f"jaxcompress: {error}", file=sys.stderr)
+        text = (
+            str(error).encode(errors="backslashreplace").decode()
+        )  # names in files may be anything
+        print(f"jaxcompress: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxcompress: interrupted, nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="default: compressed/TASK-RECIPE"
     )
+    new.add_argument(
+        "--export", action="append", default=[], choices=[STABLEHLO], help="also write the program"
+    )
     new.add_argument("--seed", type=_count, metavar="N", help="default: that of the task")
     new.add_argument("--steps", type=_count, metavar="N", help="training steps with the recipe")
     new.add_argument("--float-steps", type=_count, metavar="N", help="training steps before them")
@@ -74,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_task(command("sites", _sites, "List the matmuls, convolutions and embeddings of a model."))
     new = command("report", _report, "Show an earlier result.")
     new.add_argument("dir", type=pathlib.Path, metavar="DIR", help="written by `compress`")
+    new = command("verify", _verify, "Run an exported program and compare it with its function.")
+    new.add_argument("dir", type=pathlib.Path, metavar="DIR", help="of `compress --export`")
     command("recipes", _recipes, "List the named recipes.")
     return parser
 
@@ -101,7 +110,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         seed = 0 if task.train is None else task.train.seed
     name = re.sub(r"[^\w.+-]", "_", f"{task.name}-{recipe.name}")
     out = arguments.out or pathlib.Path("compressed", name)
-    result = compress(task, recipe, out, seed=seed, quiet=arguments.quiet)
+    result = compress(task, recipe, out, seed=seed, quiet=arguments.quiet, exports=arguments.export)
     _show(result, out)
 
 
@@ -147,7 +156,26 @@ def _sites(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _show(read_report(arguments.dir), arguments.dir)
+    result = read_report(arguments.dir)
+    try:
+        _show(result, arguments.dir)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{arguments.dir}/report.json is damaged: {type(error).__name__}: {error}."
+        ) from None
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    folder = arguments.dir
+    if (folder / REPORT).is_file():
+        folder = folder / STABLEHLO
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"{arguments.dir} holds no program. Compress again with --export {STABLEHLO}."
+            )
+    found = verify(load(folder))
+    _console().print(found.table())
+    return 0 if found.equal else 1
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
@@ -181,7 +209,8 @@ def _show(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     name = f"{step['of']} step, ms"
     table.add_row(name, f"{old:.2f}", f"{new:.2f}", f"{ratio:.2f} times as long")
     console.print(table)
-    console.print(f"{folder}: report.json, {PARAMETERS}, {FLOAT_PARAMETERS}", highlight=False)
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"{folder}: {names}", highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,18 +22,25 @@ from jax.core import Tracer
 from . import __version__
 from ._core.provenance import key_path
 from ._core.qtensor import nbytes
-from ._errors import JaxCompressError
+from ._errors import ArtifactError, JaxCompressError
 from ._quantize.aware import quantize_aware
 from ._quantize.recipe import Recipe
 from ._quantize.report import report
 from ._quantize.storage import compressed_weights
-from ._result import FLOAT_PARAMETERS, PARAMETERS, new_result, write_arrays, write_report
+from ._result import FLOAT_PARAMETERS, PARAMETERS, STABLEHLO, new_result, write_report
 from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
+from .export import save_params, stablehlo
 
 
 def compress(
-    task: Task, recipe: Recipe, out: pathlib.Path, *, seed: int, quiet: bool = False
+    task: Task,
+    recipe: Recipe,
+    out: pathlib.Path,
+    *,
+    seed: int,
+    quiet: bool = False,
+    exports: Collection[str] = (),
 ) -> dict[str, Any]:
     """Compresses the model of a task and writes the result directory.
 
@@ -43,6 +50,7 @@ def compress(
       out: the directory to write; it must not exist, be empty, or hold an earlier result.
       seed: of the parameters, where the task makes them from a key, and of the batches.
       quiet: no progress on stderr.
+      exports: of "stablehlo": programs to write beside the parameters, in directories of that name.
 
     Returns:
       What `report.json` holds.
@@ -62,8 +70,10 @@ def compress(
         after = _evaluate(task, quantize_aware(task.apply, recipe), params_q)
         stored_q = compressed_weights(task.apply, recipe)(params_q, x)
         stored = compressed_weights(task.apply, Recipe([], "float"))(params, x)
-        write_arrays(folder / PARAMETERS, stored_q)
-        write_arrays(folder / FLOAT_PARAMETERS, stored)
+        save_params(stored_q, folder / PARAMETERS)
+        save_params(stored, folder / FLOAT_PARAMETERS)
+        if STABLEHLO in exports:
+            _export(quantize_aware(task.apply, recipe), params_q, x, folder / STABLEHLO)
         train = task.train
         result = {
             "task": task.name,
@@ -97,6 +107,14 @@ def compress(
         }
         write_report(folder, result)
     return result
+
+
+def _export(fn: Callable, params: Any, x: Any, path: pathlib.Path) -> None:
+    """A program for every size of batch; for that of `x` alone where shapes depend on it."""
+    try:
+        stablehlo(fn, params, x, path=path, symbolic_batch=True)
+    except (ArtifactError, TypeError, ValueError):
+        stablehlo(fn, params, x, path=path)
 
 
 def initial(task: Task, seed: int) -> tuple[Any, Any]:

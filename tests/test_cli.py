@@ -7,13 +7,11 @@ import os
 import pathlib
 import subprocess
 import sys
-import zipfile
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import jaxcompress as jc
 from jaxcompress import _compress, _result
@@ -21,7 +19,7 @@ from jaxcompress._cli import main
 from jaxcompress._task import load_task
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-FILES = {"report.json", "parameters.npz", "float_parameters.npz"}
+FILES = {"report.json", "model.safetensors", "float_model.safetensors"}
 
 TASK = """
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -122,7 +120,7 @@ def test_compress_trains_measures_and_writes(write, folder, capsys):
     floats = 4 * (8 * 32 + 32 * 4 + 4)
     packed = 8 * 32 + 32 * 4 + 4 * (32 + 4 + 4)
     assert result["bytes"]["parameters"] == {"before": floats, "after": packed}
-    for when, name in (("before", "float_parameters.npz"), ("after", "parameters.npz")):
+    for when, name in (("before", "float_model.safetensors"), ("after", "model.safetensors")):
         assert result["bytes"]["files"][when] == (folder / "out" / name).stat().st_size
     assert [row["site"] for row in result["rows"]] == ["up", "down", "bias"]
     assert sum(row["bytes_after"] for row in result["rows"]) == packed
@@ -142,21 +140,19 @@ def test_what_is_stored_is_the_model(write, folder):
     assert main(["compress", path, "--out", "out", "--quiet"]) == 0
     task = load_task(path)
     metrics = json.loads((folder / "out/report.json").read_text())["metrics"]
-    with np.load(folder / "out/float_parameters.npz", allow_pickle=False) as stored:
-        params = {name: stored[name] for name in ("up", "down", "bias")}
+    params = jc.load_params(folder / "out/float_model.safetensors")
     assert task.evaluate(lambda x: task.apply(params, x)) == metrics["before"]
-    with np.load(folder / "out/parameters.npz", allow_pickle=False) as stored:
-        about = json.loads(stored["metadata.json"])["tensors"]
-        assert about["up"] == {
-            "arrays": {"up:packed": "int8", "up:scale": "float32"},
-            "format": "int8",
-            "dtype": "float32",
-            "shape": [8, 32],
-            "blocks": None,
+    stored = jc.load_params(folder / "out")
+    assert all(stored[name].format.name == "int8" for name in ("up", "down"))
+    with safe_open(folder / "out/model.safetensors", "numpy") as file:
+        params = {
+            n: file.get_tensor(f"{n}:packed") * file.get_tensor(f"{n}:scale")
+            for n in ("up", "down")
         }
-        assert about["bias"] == {"arrays": {"bias": "float32"}}
-        params = {n: stored[f"{n}:packed"] * stored[f"{n}:scale"] for n in ("up", "down")}
-        params["bias"] = stored["bias"]
+        params["bias"] = file.get_tensor("bias")
+    for name, array in params.items():
+        read = stored[name].dequantize() if name != "bias" else stored[name]
+        np.testing.assert_array_equal(read, array)
     aware = jc.quantize_aware(task.apply, "w8a8")
     assert task.evaluate(lambda x: aware(params, x)) == metrics["after"]
 
@@ -166,9 +162,39 @@ def test_a_second_run_with_the_same_seed_writes_the_same_parameters(write, folde
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         words = ["compress", path, "--out", out, "--seed", seed, "--steps", "3", "--quiet"]
         assert main(words) == 0
-    a, b, c = ((folder / out / "parameters.npz").read_bytes() for out in "abc")
+    a, b, c = ((folder / out / "model.safetensors").read_bytes() for out in "abc")
     assert a == b
     assert a != c
+
+
+def test_an_exported_program_is_verified(write, folder, capsys, fails):
+    out, command = folder / "out", ["compress", write(), "--out", "out", "--quiet"]
+    assert main(command) == 0
+    message = fails("verify", "out", left=("tiny.py", "out"))
+    assert message == "out holds no program. Compress again with --export stablehlo."
+    assert main([*command, "--export", "stablehlo"]) == 0
+    assert {p.name for p in out.iterdir()} == {*FILES, "stablehlo"}
+    capsys.readouterr()
+    assert main(["verify", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "equal in every bit" in shown and "up" in shown and "output" in shown
+    artifact = jc.export.load(out / "stablehlo")
+    x = np.random.default_rng(1).normal(size=(7, 8)).astype("float32")  # another batch
+    assert artifact.run(x).shape == (7, 4)
+    codes = artifact.params["up"].codes
+    np.testing.assert_array_equal(codes, jc.load_params(out)["up"].codes)
+
+
+def test_verify_of_a_program_that_differs(folder, capsys, monkeypatch, fails):
+    params, x = {"up": np.eye(4, dtype="float32")}, np.ones((2, 4), "float32")
+    artifact = jc.export.stablehlo(lambda p, x: x @ p["up"], params, x, path="a")
+    reference = jax.tree.map(np.array, artifact.reference)
+    reference["outputs"][0][1, 2] += 1
+    monkeypatch.setattr(type(artifact), "reference", reference)
+    assert main(["verify", "a"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the first difference is at output output, batch 0, index (1, 2)" in shown
+    assert fails("verify", ".", left=("a",)) == ". is no artifact: it has no manifest.json."
 
 
 def test_without_train_weights_are_only_rounded(write, folder):
@@ -177,10 +203,11 @@ def test_without_train_weights_are_only_rounded(write, folder):
     result = json.loads((folder / "out/report.json").read_text())
     assert result["steps"] is None
     assert result["step_ms"]["of"] == "prediction"
-    with np.load(folder / "out/float_parameters.npz") as stored:
-        want = load_task(path).params
-        for name, array in want.items():
-            np.testing.assert_array_equal(stored[name], array)
+    stored = jc.load_params(folder / "out/float_model.safetensors")
+    want = load_task(path).params
+    assert stored.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(stored[name], array)
 
 
 def test_the_default_directory_and_recipe_and_skipped_sites(write, folder):
@@ -357,8 +384,7 @@ def test_a_place_that_cannot_be_written(write, fails, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
     message = fails("compress", path, "--out", "locked/out")
-    assert "The result cannot be written to" in message
-    assert "Permission denied" in message
+    assert "out cannot be written: Permission denied" in message
 
 
 def test_options_that_do_not_fit(write, fails, capsys):
@@ -396,36 +422,34 @@ def test_report_of_what_is_none(folder, fails):
     assert message == "empty is not a result of `jaxcompress compress`: it has no report.json."
     for text, message in (
         ("{", "is damaged"),
-        ("[]", "was not written by jaxcompress"),
+        ("[]", "is damaged: it holds no JSON object"),
+        ('{"tool": "other"}', "was not written by jaxcompress"),
+        ('{"tool": "jaxcompress", "schema_version": 1}', "is damaged: KeyError: 'rows'."),
+        ('{"a": 1, "a": 2}', "is damaged: a key comes twice."),
         ('{"tool": "jaxcompress", "schema_version": 9}', "has schema version 9, this jaxcompress"),
     ):
         (other / "report.json").write_text(text)
         assert message in fails("report", "other", left=left)
 
 
-def test_arrays_of_every_kind_are_stored_without_pickle(tmp_path):
-    path = tmp_path / "arrays.npz"
-    quantized = jc.Quantizer("int4", "group:2").quantize(jnp.arange(12.0).reshape(4, 3), axis=0)
-    tensors = {
-        "a/b": jnp.arange(3, dtype=jnp.bfloat16),
-        "scalar": np.float32(2),
-        "file": np.arange(2),  # a name of an argument of numpy.savez
-        "eight": jnp.ones(2, jnp.float8_e5m2),
-        "key": jax.random.key(3),
-        "w": quantized,
-    }
-    _result.write_arrays(path, tensors)
-    with np.load(path, allow_pickle=False) as stored:
-        meta = json.loads(stored["metadata.json"])["tensors"]
-        assert stored["a/b"].view(ml_dtypes.bfloat16).tolist() == [0, 1, 2]
-        assert stored["scalar"] == 2
-        assert stored["file"].tolist() == [0, 1]
-        assert stored["eight"].view(ml_dtypes.float8_e5m2).tolist() == [1, 1]
-        np.testing.assert_array_equal(stored["key"], jax.random.key_data(tensors["key"]))
-        np.testing.assert_array_equal(stored["w:packed"], quantized.packed)
-    assert meta["a/b"] == {"arrays": {"a/b": "bfloat16"}}
-    assert meta["w"]["blocks"] == {"axis": [-2], "size": 2}
-    assert zipfile.ZipFile(path).testzip() is None
+def test_results_of_earlier_versions(write, folder, fails, capsys):
+    """They had `parameters.npz`: shown and replaced as before, and refused by `load_params`."""
+    path = write("task = build(train=None)")
+    assert main(["compress", path, "--out", "out"]) == 0
+    shown = capsys.readouterr().out
+    for new, old in (
+        ("model.safetensors", "parameters.npz"),
+        ("float_model.safetensors", "float_parameters.npz"),
+    ):
+        (folder / "out" / new).rename(folder / "out" / old)
+    assert main(["report", "out"]) == 0
+    table, _, names = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert table == shown.rstrip().rpartition("\n")[0]
+    assert names == "out: float_parameters.npz, parameters.npz, report.json"
+    with pytest.raises(jc.ArtifactError, match="has neither model.safetensors nor"):
+        jc.load_params("out")
+    assert main(["compress", path, "--out", "out"]) == 0
+    assert {p.name for p in (folder / "out").iterdir()} == FILES
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ from . import _compat, dimensions
 from .provenance import (
     CONSTANT,
     DATA,
+    LAYOUT,
     ONE_BY_ONE,
     UPDATES,
     Label,
     canonical,
     merge,
+    read,
     renumber,
     transfer,
 )
@@ -175,6 +177,8 @@ def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     if name in ONE_BY_ONE and len(eqn.outvars) == len(ins):
         return [transfer(name, [label]) for label in ins]
     out = transfer(name, ins, rank)
+    if name in LAYOUT and ins:
+        out = read(out._replace(manual=ins[0].manual), eqn)._replace(manual=None)
     if name in UPDATES and out.data and len({v.aval.shape for v in eqn.invars[-2:]}) == 1:
         out = merge(ins)
     if name in OPERATIONS:
@@ -325,7 +329,7 @@ def _slice_of_stack(x: Label, depth: int) -> Label:
 
 
 def _drop_scan(x: Label, depth: int) -> Label:
-    return x._replace(scans=x.scans - {depth})
+    return x._replace(scans=x.scans - {depth}, reads=None if x.params else ())
 
 
 def _while(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:

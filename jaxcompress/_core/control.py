@@ -3,6 +3,7 @@
 
 State of sites is explicit: inside a scan over stacked layers it is stacked and travels with the
 scanned values; in other loops it is carried; a branch that is not taken returns it unchanged.
+A `QTensor` is passed on where it is only read: what a loop carries or returns is an array.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._errors import SiteError
-from . import _compat, fold
+from . import _compat, fold, qparts, qsharding
 from .analyze import CALLS, ORDERS
 from .interpret import Runtime, evaluate, pick
+from .qtensor import dequantized, is_qtensor
 from .sites import Plan
 
 Plans = tuple[Plan, ...]
@@ -27,6 +29,14 @@ Plans = tuple[Plan, ...]
 def _run(jaxpr: Any, plan: Plan, args: Sequence, runtime: Runtime) -> list:
     inner, consts = _compat.open_jaxpr(jaxpr)
     return evaluate(plan, inner, consts, args, runtime)
+
+
+def _run_to_arrays(jaxpr: Any, plan: Plan, args: Sequence, runtime: Runtime) -> list:
+    return _arrays(_run(jaxpr, plan, args, runtime))
+
+
+def _arrays(values: Sequence) -> list:
+    return [dequantized(v) for v in values]
 
 
 def _names(plans: Plans) -> frozenset[str]:
@@ -51,7 +61,9 @@ def jit(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
     def constrain(v: Any, sharding: Any) -> Any:
         if _compat.is_unspecified(sharding):
             return v
-        return lax.with_sharding_constraint(v, sharding)
+        if is_qtensor(v):
+            v = qsharding.constrain(v, sharding) or v.dequantize()
+        return v if is_qtensor(v) else lax.with_sharding_constraint(v, sharding)
 
     values = [constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
     outs = runtime.call(
@@ -84,7 +96,8 @@ def checkpoint(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -
 def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> list:
     p, plan = eqn.params, plans[0]
     consts, carry, xs = _compat.split_scan(p, values)
-    k = len(carry)
+    carry, k = _arrays(carry), len(carry)
+    xs = [(qparts.stacked(x) or x.dequantize()) if is_qtensor(x) else x for x in xs]
     layered = frozenset(s.name for s in plan.everything if s.layered[depth])
     stacked = plan.names if runtime.transform.collects else layered
     carried = plan.names - stacked
@@ -95,7 +108,7 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
         c, state_c = c
         x, learned_x, state_x = x
         inner = runtime.child({**learned_c, **learned_x}, {**state_c, **state_x})
-        outs = _run(p["jaxpr"], plan, [*consts, *c, *x], inner)
+        outs = _run_to_arrays(p["jaxpr"], plan, [*consts, *c, *x], inner)
         state = inner.state
         return (outs[:k], pick(state, carried)), (outs[k:], pick(state, stacked))
 
@@ -114,17 +127,18 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
 def while_loop(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:
     p, (test_plan, body_plan) = eqn.params, plans
     n, m = p["cond_nconsts"], p["body_nconsts"]
-    test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
+    test_consts, body_consts, carry = values[:n], values[n : n + m], _arrays(values[n + m :])
     names = _names(plans)
     learned = pick(runtime.learned, names)
 
     def test(c):
         inner = runtime.child(learned, c[1])  # what the test observes is not kept
-        return _run(p["cond_jaxpr"], test_plan, [*test_consts, *c[0]], inner)[0]
+        return _run_to_arrays(p["cond_jaxpr"], test_plan, [*test_consts, *c[0]], inner)[0]
 
     def body(c):
         inner = runtime.child(learned, c[1])
-        return _run(p["body_jaxpr"], body_plan, [*body_consts, *c[0]], inner), inner.state
+        outs = _run_to_arrays(p["body_jaxpr"], body_plan, [*body_consts, *c[0]], inner)
+        return outs, inner.state
 
     outs, state = lax.while_loop(test, body, (carry, pick(runtime.state, names)))
     runtime.state.update(state)
@@ -137,7 +151,7 @@ def cond(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list
     def branch(jaxpr: Any, plan: Plan) -> Callable:
         def f(args, learned, state):
             inner = runtime.child(learned, state)
-            return _run(jaxpr, plan, args, inner), inner.state
+            return _run_to_arrays(jaxpr, plan, args, inner), inner.state
 
         return f
 
@@ -164,13 +178,15 @@ def custom_jvp(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -
     @jax.custom_jvp
     def f(args, learned, state):
         inner = runtime.child(learned, state)
-        return _run(p["call_jaxpr"], plans[0], list(args), inner), inner.state
+        return _run_to_arrays(p["call_jaxpr"], plans[0], list(args), inner), inner.state
 
     @f.defjvp
     def rule(primals, tangents):
         out = f(*primals)
         jaxpr, consts, zeros = _compat.call_jvp_rule(p, len(values))
-        inputs = (*primals[0][skip:], *tangents[0][skip:])
+        args = _arrays(primals[0])
+        pairs = zip(values, args, tangents[0], strict=True)
+        inputs = (*args[skip:], *[_zeros(a) if is_qtensor(v) else t for v, a, t in pairs][skip:])
         results = _compat.eval_jaxpr(jaxpr, consts, *inputs)
         nonzero = iter(results[len(zeros) :])
         dots = [_zeros(y) if zero else next(nonzero) for y, zero in zip(out[0], zeros, strict=True)]
@@ -186,11 +202,14 @@ def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, rule: Any
     p, names = eqn.params, _names(plans)
     skip, count = p["num_consts"], len(eqn.outvars)
     places = {v: k for k, v in enumerate(eqn.invars) if k < skip}
+    if not names:  # entered for a QTensor that it reads
+        with _compat.classic_custom_rules():
+            rule = _compat.call_forward_rule(p, len(values))
 
     @jax.custom_vjp
     def f(args, learned, state):
         inner = runtime.child(learned, state)
-        return _run(p["call_jaxpr"], plans[0], list(args), inner), inner.state
+        return _run_to_arrays(p["call_jaxpr"], plans[0], list(args), inner), inner.state
 
     def closed_over(value: Any, args: tuple) -> Any:
         """A value of the function around, which the primal reads too: an argument here."""
@@ -212,14 +231,16 @@ def custom_vjp(eqn: Any, values: list, plans: Plans, runtime: Runtime, rule: Any
             )
         inner = runtime.child(learned, state)
         leading = [closed_over(value, args) for value in rule.leading]
-        outs = _run(rule.jaxpr, plans[1], [*leading, *args[skip:]], inner)
+        outs = _run_to_arrays(rule.jaxpr, plans[1], [*leading, *args[skip:]], inner)
         made, outs = iter(outs[: len(outs) - count]), outs[len(outs) - count :]
-        residuals = [next(made) if k is None else args[k] for k in _compat.forwarded_residuals(p)]
+        kept = _compat.forwarded_residuals(p)
+        residuals = [next(made) if k is None else dequantized(args[k]) for k in kept]
         return (outs, inner.state), (residuals, args, learned, state)
 
     def backward(saved, cotangents):
         residuals, args, learned, state = saved
         grads = _compat.call_backward_rule(p, residuals, cotangents[0])
+        grads = [None if is_qtensor(x) else g for x, g in zip(args[skip:], grads, strict=True)]
         return ((None,) * skip + tuple(grads), _zeros(learned), _zeros(state))
 
     f.defvjp(forward, backward)
@@ -234,15 +255,21 @@ def shard_map(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) ->
 
     def body(values, learned, state):
         inner = runtime.child(learned, state)
-        return _run(p["jaxpr"], plan, values, inner), inner.state
+        return _run_to_arrays(p["jaxpr"], plan, values, inner), inner.state
 
+    values, in_specs = list(values), list(p["in_specs"])
+    for i, (v, spec) in enumerate(zip(values, in_specs, strict=True)):
+        if is_qtensor(v):
+            in_specs[i] = qsharding.partition(v, spec, dict(p["mesh"].shape))
+            if in_specs[i] is None:
+                values[i], in_specs[i] = v.dequantize(), spec
     learned, state = pick(runtime.learned, plan.names), pick(runtime.state, plan.names)
     sites = {s.name: s for s in plan.everything}
     specs = {n: runtime.transform.state_spec(sites[n], v) for n, v in state.items()}
     outs, state = jax.shard_map(
         body,
         mesh=p["mesh"],
-        in_specs=(list(p["in_specs"]), jax.tree.map(lambda _: replicated, learned), specs),
+        in_specs=(in_specs, jax.tree.map(lambda _: replicated, learned), specs),
         out_specs=(list(p["out_specs"]), specs),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],

@@ -4,18 +4,23 @@
 Ordinary equations are bound unchanged; control flow that contains a chosen site is issued again
 through JAX's public functions (`_core/control.py`); everything else is not touched. What repeats
 is evaluated once and called (`_core/fold.py`).
+
+A value may be a `QTensor` where the jaxpr has an array. Layout primitives move it as it is, control
+flow carries it, and whatever else reads it computes the array right there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal
 
-from . import _compat, fold
+from . import _compat, fold, qlayout
+from .qtensor import QTensor, abstract, dequantized, is_qtensor
 from .sites import Plan, Site
 
 
@@ -81,7 +86,7 @@ def evaluate(
 ) -> list[Any]:
     """Evaluates `jaxpr` with the transform applied at the sites of `plan`.
 
-    Writes new state into `runtime.state`.
+    Writes new state into `runtime.state`. Arguments and results may be QTensors.
     """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -104,15 +109,21 @@ def _run(steps: Sequence, env: dict, plan: Plan, jaxpr: Any, runtime: Runtime) -
             continue
         eqn = jaxpr.eqns[step]
         values = [_read(env, v) for v in eqn.invars]
+        carries = any(map(is_qtensor, values))
         with _compat.equation_scope(eqn):
             if step in plan.sites:
                 outs = _apply(plan.sites[step], eqn, values, runtime)
-            elif step in plan.calls:
-                rule = RULES[eqn.primitive.name]
-                outs = rule(eqn, values, plan.calls[step], runtime, plan.extra.get(step))
+            elif step in plan.calls or (carries and eqn.primitive.name in RULES):
+                rule, plans = RULES[eqn.primitive.name], plan.calls.get(step) or _no_sites(eqn)
+                outs = rule(eqn, values, plans, runtime, plan.extra.get(step))
             else:
-                outs = _compat.bind(eqn, values)
+                outs = qlayout.bind(eqn, values, functools.partial(_compat.bind, eqn))
         env.update(zip(eqn.outvars, outs, strict=True))
+
+
+def _no_sites(eqn: Any) -> tuple[Plan, ...]:
+    """Plans for the jaxprs of an equation that is entered only for the QTensors that it reads."""
+    return (Plan(),) * len(eqn.params.get("branches", (0, 0)))
 
 
 def _call_block(block: fold.Block, env: dict, plan: Plan, jaxpr: Any, runtime: Runtime) -> list:
@@ -142,13 +153,21 @@ class Operation(NamedTuple):
     rest: tuple
 
     def __call__(self, *operands: Any, **changed: Any) -> Any:
-        primitive = self.eqn.primitive
-        out = primitive.bind(*operands, *self.rest, **{**self.eqn.params, **changed})
-        return list(out) if primitive.multiple_results else out
+        primitive, params = self.eqn.primitive, {**self.eqn.params, **changed}
+
+        def run(values: list) -> list:
+            out = primitive.bind(*values, **params)
+            return list(out) if primitive.multiple_results else [out]
+
+        outs = qlayout.bind(self.eqn, [*operands, *self.rest], run, params)
+        return outs if primitive.multiple_results else outs[0]
 
 
 def _apply(site: Site, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
     count = len(site.operands)
+    for i, operand in enumerate(site.operands):
+        if not (runtime.transform.takes_packed and operand.role == "weight"):
+            values[i] = dequantized(values[i])
     out, new = runtime.transform.apply(
         site,
         runtime.settings[site.name],
@@ -160,3 +179,9 @@ def _apply(site: Site, eqn: Any, values: list, runtime: Runtime) -> list[Any]:
     if new is not None:
         runtime.state[site.name] = new
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def apply(fn: Callable, q: QTensor) -> Any:
+    """`fn(q)`, where `fn` is a function of an array; a QTensor if it only moves values."""
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(fn)(abstract(q)))
+    return evaluate(Plan(), jaxpr, consts, [q], Runtime(None, {}, {}, {}))[0]

@@ -84,7 +84,10 @@ class _Namer:
             shape = tuple(getattr(v.aval, "shape", ()))
             dtype = getattr(v.aval, "dtype", None)
             constant = not label.data and not label.params
-            operands.append(Operand(role, path, shape, dtype, constant, label.manual, label.owners))
+            reads = label.reads if role == "weight" and len(label.params) == 1 else None
+            operands.append(
+                Operand(role, path, shape, dtype, constant, label.manual, label.owners, reads)
+            )
         op = "gather" if eqn.primitive.name in LOOKUPS else eqn.primitive.name
         base = used[0] if used and not draft.opaque else ""
         if not base:

@@ -9,6 +9,7 @@ called several times is analysed once and the result renamed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ class Label(NamedTuple):
       scans: depths of the enclosing scans over which it is one slice of a stack.
       owners: kinds of the transforms that already own this value.
       manual: inside shard_map, for every dimension the mesh axes that split it; None outside.
+      reads: how it was read from the one parameter that it derives from: (step, its argument,
+        number of enclosing scans over the stack) each, for "transpose", "reshape" and "cast".
+        None if it was computed, or if only a part was read.
     """
 
     data: bool = False
@@ -34,6 +38,7 @@ class Label(NamedTuple):
     scans: frozenset[int] = frozenset()
     owners: frozenset[str] = frozenset()
     manual: tuple[frozenset[str], ...] | None = None
+    reads: tuple[tuple[str, Any, int], ...] | None = ()
 
     @property
     def weight(self) -> bool:
@@ -49,6 +54,9 @@ LAYOUT = frozenset(
     """reshape transpose convert_element_type broadcast_in_dim slice squeeze expand_dims rev copy
     copy_p reduce_precision sharding_constraint pvary reshard stop_gradient
     name pcast copy_to_mesh bitcast_convert_type""".split()
+)
+_UNCHANGED = frozenset(
+    "copy copy_p sharding_constraint pvary reshard stop_gradient name pcast copy_to_mesh".split()
 )
 # Primitives whose results are their operands, one by one.
 ONE_BY_ONE = frozenset(
@@ -67,6 +75,7 @@ def join(labels: Iterable[Label]) -> Label:
         params=frozenset().union(*(label.params for label in labels)),
         chosen=max((label.chosen for label in labels), default=0),
         scans=frozenset().union(*(label.scans for label in labels)),
+        reads=None if any(label.params for label in labels) else (),
     )
 
 
@@ -80,10 +89,32 @@ def transfer(primitive: str, labels: Sequence[Label], rank: int = 0) -> Label:
     if primitive in INDEXING and any(label.data or label.chosen for label in labels[1:]):
         if not labels[0].weight:
             return DATA
-        return labels[0]._replace(chosen=labels[0].chosen or max(rank, 1), manual=None)
+        chosen = labels[0].chosen or max(rank, 1)
+        return labels[0]._replace(chosen=chosen, manual=None, reads=None)
     out = join(labels)
     # Arithmetic on rows that data chose is an activation: emb[ids] * sqrt(d).
     return DATA if out.chosen == 1 else out
+
+
+def read(label: Label, eqn: Any) -> Label:
+    """Label of a parameter after one more layout primitive, with the step in `reads`."""
+    name, p, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if not label.weight or label.reads is None or name in _UNCHANGED:
+        return label
+    size = eqn.invars[0].aval.size
+    dims = list(p.get("broadcast_dimensions", ()))
+    if name == "transpose":
+        step = ("transpose", tuple(p["permutation"]))
+    elif name == "convert_element_type":
+        step = ("cast", p["new_dtype"])
+    elif label.manual is None and (
+        name in ("reshape", "squeeze", "expand_dims")
+        or (name == "broadcast_in_dim" and math.prod(shape) == size and dims == sorted(dims))
+    ):
+        step = ("reshape", tuple(shape))
+    else:
+        return label._replace(reads=None)
+    return label._replace(reads=(*label.reads, (*step, len(label.scans))))
 
 
 def merge(labels: Iterable[Label]) -> Label:

@@ -41,6 +41,8 @@ class Operand(NamedTuple):
       constant: depends neither on parameters nor on data.
       manual: inside shard_map, for every dimension the mesh axes that split it.
       owners: kinds of the transforms whose result this operand is.
+      reads: how the whole of one parameter became this operand (`Label.reads`); None if this is
+        a part of it, or computed.
     """
 
     role: str
@@ -50,6 +52,7 @@ class Operand(NamedTuple):
     constant: bool = False
     manual: tuple[frozenset[str], ...] | None = None
     owners: frozenset[str] = frozenset()
+    reads: tuple[tuple[str, Any, int], ...] | None = None
 
     def split_over(self, dims: Sequence[int]) -> tuple[str, ...]:
         """Mesh axes that split any of these dimensions: a shared scale is reduced over them."""

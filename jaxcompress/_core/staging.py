@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from . import _compat
+from .qtensor import QTensor, abstract, is_qtensor
 
 
 class Static:
@@ -44,7 +45,7 @@ def is_array(x: Any, floats: bool = True) -> bool:
     """
     if is_float(x):
         return floats
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor)
     return isinstance(x, kinds) and getattr(x, "dtype", None) != np.dtype(object)
 
 
@@ -84,9 +85,15 @@ class Packed(NamedTuple):
         return cls(call, list(arrays))
 
 
-def split(value: Any, floats: bool = True) -> tuple[Call, list]:
-    """Splits a pytree into (what is kept aside, the arrays)."""
-    leaves, tree = jax.tree_util.tree_flatten(value)
+def split(value: Any, floats: bool = True, whole: bool = True) -> tuple[Call, list]:
+    """Splits a pytree into (what is kept aside, the arrays).
+
+    Args:
+      value: the pytree.
+      floats: whether Python's floats are arrays.
+      whole: whether a QTensor is one array, not several.
+    """
+    leaves, tree = jax.tree_util.tree_flatten(value, is_leaf=is_qtensor if whole else None)
     traced = tuple(is_array(x, floats) for x in leaves)
     static = tuple(Static(x) for x, t in zip(leaves, traced, strict=True) if not t)
     return Call(tree, traced, static), [x for x, t in zip(leaves, traced, strict=True) if t]
@@ -101,15 +108,19 @@ class Staged(NamedTuple):
 
 
 def stage(fn: Callable, call: Call, arrays: Sequence, leading: Sequence = ()) -> Staged:
-    """Traces `fn(*leading, *args, **kwargs)` to a jaxpr over `leading` and the arrays of `call`."""
+    """Traces `fn(*leading, *args, **kwargs)` to a jaxpr over `leading` and the arrays of `call`.
+
+    A QTensor is one array.
+    """
     made: list[Call] = []
 
     def flat(leading, *arrays):
         args, kwargs = call.merge(arrays)
-        out, results = split(fn(*leading, *args, **kwargs))
+        out, results = split(fn(*leading, *args, **kwargs), whole=False)
         made[:] = [out]
         return results
 
-    closed = jax.make_jaxpr(flat)(tuple(leading), *arrays)
+    whole = [abstract(x) if is_qtensor(x) else x for x in arrays]
+    closed = jax.make_jaxpr(flat)(tuple(leading), *whole)
     jaxpr, consts = _compat.open_jaxpr(closed)
     return Staged(jaxpr, consts, made[0].merge)

@@ -16,9 +16,10 @@ from jax.core import Tracer
 from .._errors import RecipeError
 from . import autodiff, typed
 from .analyze import Analyzer
+from .arguments import label_arguments, name_of
 from .provenance import CONSTANT, DATA, Label
 from .staging import Packed, Staged, split, stage
-from .transform import Traced, Transformed, _distinct, label_arguments, name_of
+from .transform import Traced, Transformed, distinct
 
 _WEIGHT_LEAF = Label(params=frozenset([0]))
 
@@ -72,7 +73,7 @@ class TypedCall:
         labels, paths = own, [path for path, _ in leaves]
         call, arrays = split(typed.unwrap((args, kwargs)), floats)
         found = inner.region.analyze(inner.fn, call, arrays, labels, _constants, paths, key)
-        sites = _distinct(found.sites)
+        sites = distinct(found.sites)
         if not found.covered:
             inner.transform.check(sites, paths)
         settings = inner.transform.choose(found.plan.everything)
@@ -86,7 +87,7 @@ class TypedCall:
         """`label_arguments` of the weights, or of the arguments if these hold them themselves."""
         if held.weights is not None:
             return label_arguments((held.weights,), {}, (0,))
-        return label_arguments(args, kwargs, self.inner._params(args, kwargs), floats)
+        return label_arguments(args, kwargs, self.inner.params_of(args, kwargs), floats)
 
     def _step(self, inputs: Packed, key: Any) -> Any:
         inner, (args, kwargs) = self.inner, inputs.unpack()
@@ -95,7 +96,7 @@ class TypedCall:
         if not found.covered:
             held = typed.find((args, kwargs))[0]
             paths = [path for path, _ in self._parameters(held, args, kwargs)[1]]
-            inner.transform.check(_distinct(found.sites), paths)
+            inner.transform.check(distinct(found.sites), paths)
         if not found.restored and _is_updated(found.staged, inputs):
             raise _not_wrapped(inner)
         traced = Traced(found.plan.select(frozenset()), found.staged, {}, (), ())
@@ -221,7 +222,7 @@ class MutatingStep:
         with autodiff.SCOPE(scope):
             out = self.inner.fn(*args, **kwargs)
         if scope.sites:  # none where everything was compiled before
-            sites: Sequence = _distinct(scope.sites)
+            sites: Sequence = distinct(scope.sites)
             self.inner.transform.check(sites, [])
         return out
 

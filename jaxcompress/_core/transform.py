@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import re
 import zlib
@@ -18,18 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .._errors import JaxCompressError, RecipeError, SiteError
+from .._errors import JaxCompressError, SiteError
 from . import _compat, autodiff, typed
 from .analyze import MARK, OPAQUE, Analyzer
+from .arguments import ArgNums, chosen, label_arguments, name_of, positions
 from .interpret import Runtime, evaluate
+from .keys import TAKES_KEY, own_key, take_key
 from .naming import name_sites
-from .provenance import CONSTANT, DATA, Label, key_path
+from .provenance import CONSTANT, DATA, Label
+from .qtensor import dequantized, is_qtensor
 from .sites import Plan, Site
-from .staging import Call, Packed, Staged, is_array, is_float, split, stage
-
-_TAKES_KEY = "_jaxcompress_takes"  # attribute of a transformed function: its extra keyword
-
-ArgNums = int | str | Sequence[int | str]
+from .staging import Call, Packed, Staged, is_float, split, stage
 
 
 class Transform:
@@ -40,6 +37,7 @@ class Transform:
       stateful: whether `learned` or `state` is used.
       travels: whether these may come and go with the parameters (`_core/typed.py`).
       collects: whether state is stacked over every scan, not only over scans of layers.
+      takes_packed: whether `apply` takes a `QTensor` for a weight, as `bind` does.
       random: whether a site may draw random numbers.
       keyword: name of the keyword argument that then takes a random key.
     """
@@ -48,6 +46,7 @@ class Transform:
     stateful = False
     travels = False
     collects = False
+    takes_packed = False
     random = False
     keyword = ""
 
@@ -100,7 +99,7 @@ class Traced(NamedTuple):
     staged: Staged
     settings: Mapping[str, Any]
     sites: tuple[Site, ...]  # all of them, also inside what is differentiated
-    leaves: tuple[tuple[str, Any], ...]  # (key path, shape and dtype) of the parameters
+    leaves: tuple[tuple[str, Any], ...]  # (key path, shape and dtype, or QTensor) of parameters
 
     def run(
         self, transform: Transform, arrays: Sequence, learned: Any, state: Any, key: Any
@@ -110,7 +109,7 @@ class Traced(NamedTuple):
         transform.accept(sites, settings, learned, state)
         if key is not None:
             keys = {
-                s.name: {**learned.get(s.name, {}), "key": _own_key(key, i, s.stack)}
+                s.name: {**learned.get(s.name, {}), "key": own_key(key, i, s.stack)}
                 for i, s in enumerate(sites)
                 if transform.draws(settings[s.name])
             }
@@ -118,20 +117,11 @@ class Traced(NamedTuple):
         runtime = Runtime(transform, settings, learned, dict(state))
         arrays = [*_present(key), *arrays]
         outs = evaluate(self.plan, self.staged.jaxpr, self.staged.consts, arrays, runtime)
-        return self.staged.rebuild(outs), runtime.state
+        return self.staged.rebuild(list(map(dequantized, outs))), runtime.state
 
 
 def _present(key: Any) -> tuple:
     return () if key is None else (key,)
-
-
-def _own_key(key: Any, i: int, stack: tuple[int, ...]) -> Any:
-    """The key of the i-th site; one for each layer of the scans over stacked layers around it.
-
-    Not by name: where a step holds its parameters is part of it.
-    """
-    key = jax.random.fold_in(key, i)
-    return jax.random.split(key, stack) if stack else key
 
 
 def mark_of(transform: Transform, argnums: Sequence[int | str] = (0,)) -> str:
@@ -261,38 +251,6 @@ def _foreign(closure: Callable[[int], list[Label]]) -> Callable[[int], list[Labe
     return lambda count: [DATA if x.data or x.params else x for x in closure(count)]
 
 
-def label_arguments(
-    args: tuple, kwargs: dict, params: Sequence[int | str], floats: bool = True
-) -> tuple[list[Label], list[tuple[str, Any]]]:
-    """Labels of the arrays of a call, and (key path, array) of the parameters by number.
-
-    Key paths differ: two that read the same (`{"a/b": x}` and `{"a": {"b": y}}`) are spelled out
-    as `['a/b']` and `['a']['b']`, and those of several arguments start with `arg0/`.
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    flat = [(path, x) for path, x in flat if is_array(x, floats)]
-    heads = [getattr(path[1], "idx", getattr(path[1], "key", None)) for path, _ in flat]
-    ours = [i for i, head in enumerate(heads) if head in params]
-    names = {i: key_path(flat[i][0][2:]) for i in ours}
-    for i in _ambiguous(names, lambda i: heads[i]):
-        names[i] = jax.tree_util.keystr(flat[i][0][2:])
-    shared = set(_ambiguous(names, lambda i: ""))
-    for i in ours:
-        if i in shared or not names[i]:
-            names[i] = f"arg{heads[i]}/{names[i]}".rstrip("/")
-    numbers = {i: n for n, i in enumerate(ours)}
-    labels = [
-        Label(params=frozenset([numbers[i]])) if i in numbers else DATA for i in range(len(flat))
-    ]
-    return labels, [(names[i], flat[i][1]) for i in ours]
-
-
-def _ambiguous(names: Mapping[int, str], group: Callable[[int], Any]) -> list[int]:
-    """Those whose name is another's too within their group, or ends like `#1`, as a reuse does."""
-    count = collections.Counter((group(i), name) for i, name in names.items())
-    return [i for i, n in names.items() if count[group(i), n] > 1 or re.search(r"#\d+$", n)]
-
-
 # What JAX raises where a function needs the value of an array: `if rate > 0`.
 _NEEDS_VALUE = (
     jax.errors.ConcretizationTypeError,
@@ -317,7 +275,7 @@ class Transformed:
                 "its parameters, such as lambda params, x: model.apply(params, x)."
             )
         self.fn, self.transform = fn, transform
-        self.argnums = _positions(argnums)
+        self.argnums = positions(argnums)
         self.floats = True  # whether Python floats are arrays to the function
         self.region = _Region(transform, mark_of(transform, self.argnums))
 
@@ -358,7 +316,7 @@ class Transformed:
 
     def _trace(self, inputs: Packed, key: Any = None) -> Traced:
         args, kwargs = inputs.unpack()
-        params = self._params(args, kwargs)
+        params = self.params_of(args, kwargs)
         floats = len(split((args, kwargs))[1]) == len(inputs.arrays)
         labels, leaves = label_arguments(args, kwargs, params, floats)
         paths = [path for path, _ in leaves]
@@ -368,7 +326,7 @@ class Transformed:
 
         arrays = inputs.arrays
         found = self.region.analyze(self.fn, inputs.call, arrays, labels, closure, paths, key)
-        unique = _distinct(found.sites)
+        unique = distinct(found.sites)
         if not found.covered:
             self.transform.check(unique, paths)
         settings = self.transform.choose(found.plan.everything)
@@ -378,25 +336,20 @@ class Transformed:
 
     def parameters(self, args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
         """(key path, array) of each parameter among the arguments of a call."""
-        return label_arguments(args, kwargs, self._params(args, kwargs), self.floats)[1]
+        return label_arguments(args, kwargs, self.params_of(args, kwargs), self.floats)[1]
 
-    def _params(self, args: tuple, kwargs: dict) -> tuple[int | str, ...]:
+    def replace(self, new: Mapping[str, Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a call with other values for the parameters of these key paths."""
+        call, arrays = split((args, kwargs), self.floats)
+        labels, leaves = label_arguments(args, kwargs, self.params_of(args, kwargs), self.floats)
+        paths = iter(path for path, _ in leaves)
+        named = [next(paths) if label.params else None for label in labels]
+        merged = [new.get(n, x) if n else x for n, x in zip(named, arrays, strict=True)]
+        return call.merge(merged)
+
+    def params_of(self, args: tuple, kwargs: dict) -> tuple[int | str, ...]:
         """Which arguments of a call hold the parameters: positions, or names of keywords."""
-        names = _positional_names(self.fn)
-        out: list[int | str] = []
-        for n in self.argnums:
-            if isinstance(n, str) and n not in kwargs and n in names[: len(args)]:
-                n = names.index(n)
-            elif isinstance(n, int) and len(args) <= n < len(names) and names[n] in kwargs:
-                n = names[n]
-            if n not in kwargs if isinstance(n, str) else not -len(args) <= n < len(args):
-                raise JaxCompressError(
-                    f"argnums={n!r} names no argument: {name_of(self.fn)} was called with "
-                    f"{len(args)} positional arguments and the keywords {sorted(kwargs)}. "
-                    "argnums says which arguments hold the parameters."
-                )
-            out.append(n % len(args) if isinstance(n, int) else n)
-        return tuple(out)
+        return chosen(self.fn, self.argnums, args, kwargs)
 
     def init(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """(learned, state) before the first call, stacked over scans as the sites are."""
@@ -417,33 +370,7 @@ class Transformed:
         return learned, state
 
 
-def _positions(argnums: ArgNums) -> tuple[int | str, ...]:
-    """`argnums` as a tuple of positions and names.
-
-    Raises:
-      JaxCompressError: it is something else.
-    """
-    given = (argnums,) if isinstance(argnums, (int, str)) else argnums
-    kinds = [type(n) for n in given] if isinstance(given, Sequence) else []
-    if not kinds or not all(kind in (int, str) for kind in kinds):
-        raise JaxCompressError(
-            f"argnums={argnums!r}: expected the position or the name of the argument that holds "
-            "the parameters, or several of them."
-        )
-    return tuple(given)
-
-
-def _positional_names(fn: Callable) -> list[str]:
-    """Names of the arguments that may be given by position, as far as the signature says."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in kinds]
-
-
-def _distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
+def distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Every site once, also if it was traced twice; another site of the same name gets a number."""
     taken: dict[str, Site] = {}
     for site in sites:
@@ -456,53 +383,10 @@ def _distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(dataclasses.replace(site, name=name) for name, site in taken.items())
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def _shape_of(x: Any) -> Any:
+    if is_qtensor(x):
+        return jax.eval_shape(lambda q: q, x)
     return jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", None) or jnp.result_type(x))
-
-
-def name_of(fn: Callable) -> str:
-    """A name to call a function by in messages."""
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
-def _takes(fn: Callable, keyword: str) -> bool:
-    """Whether a function takes a keyword argument of this name, as far as its signature says."""
-    if getattr(fn, _TAKES_KEY, None) == keyword:
-        return True
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return True
-    return keyword in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )
-
-
-def take_key(fn: Callable, transform: Transform, kwargs: dict[str, Any]) -> Any:
-    """Takes the random key of a transform out of the keyword arguments of a call; None if absent.
-
-    Raises:
-      RecipeError: it is no key, or nothing is random.
-    """
-    if transform.keyword not in kwargs:
-        return None
-    if not transform.random:
-        if _takes(fn, transform.keyword):
-            return None
-        raise RecipeError(
-            f"{transform.keyword}= was given to {name_of(fn)}, and nothing in it is rounded at "
-            'random: no rule has a gradient with rounding="stochastic". Leave it out.'
-        )
-    key = kwargs.pop(transform.keyword)
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if typed_key else dtype == jnp.uint32 and shape == (2,)):
-        found = type(key).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
-        raise RecipeError(
-            f"{transform.keyword}= takes one random key, jax.random.key(seed), found {found}. "
-            "Give a new one at every step: jax.random.fold_in(key, step)."
-        )
-    return key
 
 
 def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 0) -> Callable:
@@ -526,5 +410,17 @@ def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 
     with contextlib.suppress(AttributeError, TypeError):
         wrapped = functools.wraps(fn)(wrapped)
     if transform.random:
-        setattr(wrapped, _TAKES_KEY, transform.keyword)
+        setattr(wrapped, TAKES_KEY, transform.keyword)
+    setattr(wrapped, _INNER, (inner, wrapped))  # wrappers of a wrapper copy its attributes
     return wrapped
+
+
+_INNER = "_jaxcompress"
+
+
+def transformed_by(fn: Callable) -> Transformed | None:
+    """What `transformed_function` made `fn` of, also under `jax.jit`; None if it did not."""
+    if isinstance(fn, jax.stages.Wrapped):
+        fn = getattr(fn, "__wrapped__", fn)
+    inner, wrapped = getattr(fn, _INNER, (None, None))
+    return inner if wrapped is fn else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._core.qtensor import nbytes
+from .._core.qtensor import is_qtensor, nbytes
 from .._core.sites import Site
 from .._core.transform import Traced
 from .aware import QuantizeAware, Setting, describe, why_not
@@ -66,16 +66,20 @@ def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Ro
         setting = settings.get(site.name, Setting((None,) * len(site.operands)))
         remark = "" if setting.changes else _reason(site, recipe)
         before = after = 0
+        kept: str | None = None
         weights = [i for i in site.weights if len(site.weights) == 1]
         for i in weights:
             before, after, note = _stored(site, i, setting[i], shapes, left, readers)
+            if (q := shapes.get(site.operands[i].path)) is not None and is_qtensor(q):
+                kept, after = f"{q.format.name}, packed", before
+                note = note or "stored like this already"
             remark = remark or note
         rows.append(
             Row(
                 site=site.name,
                 op=site.op,
                 shape=(*site.stack, *site.operands[(weights or [0])[0]].shape),
-                weight=_format(site, setting, "weight"),
+                weight=kept or _format(site, setting, "weight"),
                 activation=_format(site, setting, "activation"),
                 bytes_before=before,
                 bytes_after=after,
@@ -91,6 +95,8 @@ def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Ro
             why = "only partly read by" if path in readers else "read by"
             reason = f"{why} {'a' if path in readers else 'no'} matmul, convolution or embedding"
             name = str(shape.dtype)
+            if is_qtensor(shape):
+                name, reason = f"{shape.format.name}, packed", f"{reason}: dequantized where it is"
             rows.append(Row(path, "", shape.shape, name, None, size, size, None, reason, ""))
     return rows
 
@@ -148,7 +154,8 @@ def _stored(
             left[path] = 0
     if quantizer is None:
         return before, before, ""
-    one = quantizer.nbytes(operand.shape, site.contracting(i))
+    table = quantizer.format.table_nbytes  # once, also of a stack
+    one = quantizer.nbytes(operand.shape, site.contracting(i)) - table
     remark = ""
     if quantizer.granularity.size and quantizer.scale_shape(operand.shape, site.contracting(i)) == (
         dataclasses.replace(quantizer, granularity="channel").scale_shape(
@@ -156,7 +163,7 @@ def _stored(
         )
     ):
         remark = f"{quantizer.granularity} does not fit: one scale per channel"
-    return before, one * take // max(size, 1), remark
+    return before, one * take // max(size, 1) + table, remark
 
 
 def _format(site: Site, setting: Setting, role: str) -> str | None:

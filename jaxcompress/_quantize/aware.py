@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._core.patterns import matches, nearest
+from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
@@ -48,6 +49,7 @@ class QuantizeAware(Transform):
     recipe: Recipe
 
     kind = "quantize"
+    takes_packed = True
     keyword = "quantize_key"
 
     @property
@@ -138,14 +140,15 @@ def run(site: Site, setting: Setting, bind: Any, operands: Sequence, learned: An
     """The operation on operands that are quantized; backward as the setting says."""
     if setting.gradient is None:
         return bind(*operands)
+    operands = [dequantized(x) for x in operands]
     return with_backward(site, bind, operands, setting.gradient, (learned or {}).get("key"))
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
-    """The operands of a site rounded to their formats."""
+    """The operands of a site rounded to their formats; packed weights already are."""
     out = []
     for i, (value, quantizer) in enumerate(zip(operands, setting, strict=True)):
-        if quantizer is not None:
+        if quantizer is not None and not is_qtensor(value):
             axis = site.contracting(i)
             sync = site.operands[i].split_over(quantizer.shared_axes(value.shape, axis))
             value = quantizer.fake_quantize(value, axis, sync=sync)

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 
-from .._core.qtensor import Blocks, Tiles
+from .._core.blocks import Blocks, Tiles
 from .._errors import FormatError
 from .granularity import Granularity
 

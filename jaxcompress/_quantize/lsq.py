@@ -49,8 +49,14 @@ def lsq(v: jax.Array, s: jax.Array, qn: float, qp: float, numel: int) -> jax.Arr
     >>> bool(jnp.allclose(jax.grad(f)(jnp.array([0.5])), (1 - 0.6 + 3) / 6**0.5))
     True
     """
-    s = jnp.broadcast_to(jnp.maximum(s, _SMALLEST), v.shape)
-    return jnp.round(jnp.clip(v / s, -qn, qp)) * s
+    codes, s = lsq_codes(v, s, qn, qp)
+    return codes * jnp.broadcast_to(s, v.shape)
+
+
+def lsq_codes(v: jax.Array, s: jax.Array, qn: float, qp: float) -> tuple[jax.Array, jax.Array]:
+    """(whole numbers of steps as float32, the step as it is used)."""
+    s = jnp.maximum(s, _SMALLEST)
+    return jnp.round(jnp.clip(v / jnp.broadcast_to(s, v.shape), -qn, qp)), s
 
 
 @lsq.defjvp

@@ -249,13 +249,14 @@ class Quantizer:
         """Returns the bytes that an array of that shape takes: `quantize(x, axis).nbytes`.
 
         Packed codes, scales (float32, or one byte where the format says so), zero points packed
-        like the codes, and four bytes for the second level of scales.
+        like the codes, four bytes for the second level of scales, and the table of a codebook that
+        is not a standard one.
         """
         fmt, scale_shape = self.format, self.scale_shape(shape, axis)
         codes = fmt.packed_nbytes(tuple(shape))
         zeros = 0 if self.symmetric else fmt.packed_nbytes(scale_shape)
         scale = fmt.scale_dtype.itemsize * math.prod(scale_shape)
-        return codes + scale + zeros + 4 * fmt.two_level
+        return codes + scale + zeros + 4 * fmt.two_level + fmt.table_nbytes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain data, for JSON; `from_dict` is the inverse.

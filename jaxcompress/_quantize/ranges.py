@@ -18,6 +18,8 @@ clipped on purpose, and gets no gradient; the other ranges follow their values.
 groups are filled with zeros, which count in means and percentiles.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +66,20 @@ def signed_absmax(v: jax.Array, shared: Axes, sync: tuple[str, ...]) -> jax.Arra
 
 
 def mean(v: jax.Array, shared: Axes, sync: tuple[str, ...]) -> jax.Array:
-    """Returns the mean over the shared axes, which stay as ones."""
-    m = jnp.mean(v, axis=shared, keepdims=True)
+    """Returns the mean over the shared axes, which stay as ones.
+
+    Halves are added until one value is left: an order of summation that is the same in whatever
+    program the mean is computed, so that what is trained, packed and served has the same bits.
+    """
+    count = math.prod(v.shape[a] for a in shared)
+    for axis in shared:
+        while (size := v.shape[axis]) > 1:
+            half = (size + 1) // 2
+            if size % 2:
+                v = lax.pad(v, np.float32(0), [(0, int(i == axis), 0) for i in range(v.ndim)])
+            low, high = (lax.slice_in_dim(v, i, i + half, axis=axis) for i in (0, half))
+            v = low + high
+    m = v / np.float32(count)
     return lax.pmean(m, sync) if sync else m
 
 

@@ -4,27 +4,25 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._core import _compat
-from .._core.transform import ArgNums, Transformed, name_of
+from .._core.arguments import ArgNums, name_of
+from .._core.qtensor import QTensor
+from .._core.tabular import Tabular
+from .._core.transform import Transformed
 from .._errors import FormatError
 from . import recipes
 from .accounting import Row, rows_of
 from .aware import QuantizeAware
 from .noise import Noise, decibels
 from .recipe import Recipe
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _COLUMNS: tuple[str, ...] = (
     "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after", "SNR dB",
@@ -34,7 +32,7 @@ _NUMBERS = ("bytes before", "after", "SNR dB")
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """What a recipe does to a function. Prints as a table, also in notebooks."""
 
     name: str
@@ -70,54 +68,17 @@ class Report:
         data |= {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         return json.dumps(data, indent=2, allow_nan=False)
 
-    def table(self) -> Table:
-        """The rows as a `rich` table."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(self.title))
-        for column in self._columns:
-            justify = "right" if column in _NUMBERS else "left"
-            table.add_column(column, overflow="fold", justify=justify)
-        for cells in self._cells():
-            table.add_row(*map(Text, cells))  # names are no markup: `['a/b']`
-        return table
+    @property
+    def columns(self) -> list[tuple[str, bool]]:
+        """(heading, whether it holds numbers); that of gradients only if a rule has one."""
+        shown = any(row.gradient for row in self.rows)
+        return [(c, c in _NUMBERS) for c in _COLUMNS if shown or c != "gradient"]
 
     @property
-    def _columns(self) -> list[str]:
-        """All columns; that of gradients only if a rule has one."""
-        shown = any(row.gradient for row in self.rows)
-        return [c for c in _COLUMNS if shown or c != "gradient"]
-
-    def _cells(self) -> list[list[str]]:
-        """The texts of each row, as many as there are columns."""
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
         rows = (dict(zip(_COLUMNS, _texts(row), strict=True)) for row in self.rows)
-        return [[row[column] for column in self._columns] for row in rows]
-
-    def to_html(self, path: str) -> None:
-        """Writes the table as a page of HTML."""
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-        page = f"<!DOCTYPE html><html><head>{head}</head><body>{self._repr_html_()}</body></html>"
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
-
-    def _repr_html_(self) -> str:
-        """The table as HTML, which notebooks show."""
-
-        def line(tag: str, cells: list[str]) -> str:
-            return f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"
-
-        body = "".join(line("td", cells) for cells in self._cells())
-        caption = f"<caption>{html.escape(self.title)}</caption>"
-        return f"<table>{caption}{line('th', self._columns)}{body}</table>"
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160, file=io.StringIO())
-        with console.capture() as text:
-            console.print(self.table())
-        return text.get()
+        return [[row[heading] for heading, _ in self.columns] for row in rows]
 
 
 def _texts(row: Row) -> tuple[str, ...]:
@@ -183,7 +144,7 @@ def report(
 
 def _reject_nan(parameters: Iterable[tuple[str, Any]]) -> None:
     for path, value in parameters:
-        if isinstance(value, (_compat.Tracer, jax.ShapeDtypeStruct)):
+        if isinstance(value, (_compat.Tracer, jax.ShapeDtypeStruct, QTensor)):
             continue
         if jnp.issubdtype(jnp.result_type(value), jnp.inexact):
             bad = int(jnp.sum(~jnp.isfinite(value)))

@@ -101,13 +101,21 @@ def in_range(quantizer: Quantizer, v: jax.Array, low: jax.Array, high: jax.Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _in_range(v: jax.Array, low: jax.Array, high: jax.Array, quantizer: Quantizer) -> jax.Array:
+    codes, scale, zero = codes_in_range(quantizer, v, low, high)
+    return codes * scale if zero is None else (codes - zero) * scale
+
+
+def codes_in_range(
+    quantizer: Quantizer, v: jax.Array, low: jax.Array, high: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(codes, scale, zero point or None), all float32, of `in_range`."""
     fmt = quantizer.format
     scale = high / fmt.max if quantizer.symmetric else (high - low) / (fmt.max - fmt.min)
     scale = jnp.where(scale < _SMALLEST, 1.0, scale)
     if quantizer.symmetric:
-        return fmt.round(v / scale) * scale
+        return fmt.round(v / scale), scale, None
     zero = fmt.round(fmt.min - low / scale)
-    return (fmt.round(jnp.round(v / scale) + zero) - zero) * scale
+    return fmt.round(jnp.round(v / scale) + zero), scale, zero
 
 
 @_in_range.defjvp

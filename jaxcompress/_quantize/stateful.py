@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,14 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import _compat
+from .._core.arguments import ArgNums
+from .._core.keys import take_key
 from .._core.patterns import nearest
+from .._core.qtensor import QTensor, is_qtensor
 from .._core.sites import Site
-from .._core.transform import ArgNums, Transformed, take_key
+from .._core.transform import Transformed
 from .._errors import RecipeError, SiteError
-from . import recipes, state
+from . import layout, recipes, state
 from .aware import QuantizeAware, Setting, run
 from .dorefa import dorefa_activation, dorefa_weight
-from .lsq import lsq
+from .lsq import lsq, lsq_codes
 from .pact import pact
 from .quantizer import Quantizer
 from .recipe import Recipe
@@ -113,7 +117,9 @@ class StatefulQuantizeAware(QuantizeAware):
     def apply(self, site, setting, bind, operands, learned, state):
         values, new = [], dict(state or {})
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):
-            if quantizer is not None and quantizer.special:
+            if is_qtensor(x):
+                pass  # a packed weight is on its grid
+            elif quantizer is not None and quantizer.special:
                 own = (learned or {}).get(slot)
                 x, range_ = _rounded(site, i, quantizer, x, own, new.get(slot))
                 new |= {} if range_ is None else {slot: range_}
@@ -144,6 +150,32 @@ def _rounded(
         ends = state.ends_of(lax.stop_gradient(v), shared, quantizer.symmetric, sync)
         new = state.averaged(lax.stop_gradient(old), *ends, quantizer.momentum)
     return back(state.in_range(quantizer, v, new["low"], new["high"])), new
+
+
+def packed_in_range(
+    quantizer: Quantizer, x: jax.Array, axis: tuple[int, ...], learned: Any, kept: Any
+) -> QTensor:
+    """The QTensor of what a stored range (static) or a learned step rounds x to.
+
+    Args:
+      learned: `{"step": ...}` of `range="learned"`, else None.
+      kept: `{"low": ..., "high": ...}` of `range="static"`, else None.
+    """
+    return _packed_in_range(x, learned, kept, quantizer, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _packed_in_range(x, learned, kept, quantizer, axis):
+    v, _, _ = state.blocked(quantizer, x, axis)
+    blocks = layout.cut(x.shape, axis, quantizer.granularity, quantizer.indivisible)[0]
+    fmt, zero = quantizer.format, None
+    if learned is not None:
+        codes, scale = lsq_codes(v, learned["step"], -fmt.min, fmt.max)
+    else:
+        codes, scale, zero = state.codes_in_range(quantizer, v, kept["low"], kept["high"])
+    codes, zero = fmt.to_codes(codes), None if zero is None else fmt.to_codes(zero)
+    codes = codes if blocks is None else blocks.merge(codes, x.shape)
+    return QTensor.from_codes(codes, scale, zero, format=fmt, dtype=x.dtype, blocks=blocks)
 
 
 def _sharing(site: Site, i: int, v: jax.Array, step: jax.Array) -> int:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core.qtensor import Blocks, QTensor, Tiles
+from .._core.blocks import Blocks, Tiles
+from .._core.qtensor import QTensor
 from . import layout, scales
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]
     v, s, blocks = _scaled(x, quantizer, axis, ())
     codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding))
     codes = codes if blocks is None else blocks.merge(codes, x.shape)
+    g = None if s.global_scale is None else s.global_scale.reshape(())
     return QTensor.from_codes(
         codes, s.scale, s.zero_point,
-        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=s.global_scale,
+        format=fmt, dtype=x.dtype, blocks=blocks, global_scale=g,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ A block format also says how its scales are stored, see `_block.py`.
 
 import abc
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -96,6 +97,11 @@ class Format(abc.ABC):
         """The dtype in which scales are stored."""
         return jnp.dtype(jnp.float32)
 
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of the numbers of the grid, where they have to be stored beside the codes."""
+        return 0
+
     def global_scale(self, absmax: jax.Array) -> jax.Array | None:
         """Returns the scale of the tensor, from its largest absolute value; None without one."""
         return None
@@ -130,6 +136,17 @@ class Format(abc.ABC):
     def unpack(self, packed: jax.Array, size: int) -> jax.Array:
         """Returns the codes, [..., size], of what `pack` made of them."""
         return packed if self.code_bits >= 8 else unpack(packed, self.code_bits, size, self.dtype)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """(codes, bytes) of the shortest run of codes that `pack` puts into whole bytes.
+
+        (1, 1) from 8 bits up, where a code is an array element.
+        """
+        if self.code_bits >= 8:
+            return 1, 1
+        common = math.gcd(self.code_bits, 8)
+        return 8 // common, self.code_bits // common
 
     def packed_nbytes(self, shape: tuple[int, ...]) -> int:
         """Returns the bytes that `pack` makes of codes of that shape."""

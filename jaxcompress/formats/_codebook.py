@@ -38,6 +38,10 @@ class Codebook(Format):
     def top(self) -> float:
         return max(abs(self.min), abs(self.max))
 
+    @property
+    def table_nbytes(self) -> int:
+        return 0 if self.name == nf4.name else 4 * len(self.table)
+
     def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
         v = jnp.asarray(v)
         return lax.select(jnp.isnan(v), v, self.from_codes(self._position(v, rounding, key)))
@@ -84,7 +88,8 @@ def codebook(values: Sequence[float], *, scaled: bool = True) -> Codebook:
         >>> jc.formats.codebook([-1, 0, 0.5, 1]).encode([0.3, -2.0])
         Array([2, 0], dtype=uint8)
     """
-    table = np.sort(np.asarray(values, np.float32).ravel())
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        table = np.sort(np.asarray(values, np.float32).ravel())
     if not 2 <= table.size <= 256 or not np.isfinite(table).all() or (np.diff(table) == 0).any():
         raise FormatError(
             f"A codebook has 2 to 256 different finite float32 numbers, got {table.tolist()}."

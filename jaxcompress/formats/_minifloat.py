@@ -248,3 +248,22 @@ float16 = dataclasses.replace(
     Minifloat("float16", 16, -65504.0, 65504.0, jnp.dtype(jnp.float16),
               5, 10, 15, True, "ieee", True), default_range="fixed"
 )  # fmt: skip
+
+# The formats that `minifloat` does not make, by name.
+NAMED = {
+    fmt.name: fmt
+    for fmt in (
+        float16,
+        float8_e4m3fn,
+        float8_e5m2,
+        float8_e4m3,
+        float8_e3m4,
+        float8_e4m3fnuz,
+        float8_e5m2fnuz,
+        float8_e4m3b11fnuz,
+        float6_e2m3fn,
+        float6_e3m2fn,
+        float4_e2m1fn,
+        *(p3109_draft(precision) for precision in range(1, 8)),
+    )
+}

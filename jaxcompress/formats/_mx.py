@@ -22,12 +22,14 @@ from ._block import BlockFormat
 from ._e8m0 import check_rule, e8m0_factors, e8m0_scale
 from ._fixed import FixedPoint, fixed_point
 from ._minifloat import (
+    NAMED,
     Minifloat,
     float4_e2m1fn,
     float6_e2m3fn,
     float6_e3m2fn,
     float8_e4m3fn,
     float8_e5m2,
+    minifloat,
 )
 
 
@@ -54,10 +56,10 @@ class MX(BlockFormat):
         return e8m0_factors(scale) if scale.dtype == jnp.uint8 else super().factors(scale)
 
     def settings(self) -> dict[str, Any]:
-        element = self.element.settings() if isinstance(self.element, FixedPoint) else None
+        named = NAMED.get(self.element.name) == self.element
         return {
             "maker": "mx",
-            "element": element or self.element.name,
+            "element": self.element.name if named else self.element.settings(),
             "scale_rule": self.scale_rule,
             "block": self.block,
         }
@@ -71,6 +73,7 @@ _ELEMENTS = {
     "e2m1": float4_e2m1fn,
     "int8": fixed_point(8, 6, narrow=True),
 }
+_MAKERS = {"fixed_point": fixed_point, "minifloat": minifloat}
 _NAMES = {
     float8_e4m3fn: "mxfp8_e4m3",
     float8_e5m2: "mxfp8_e5m2",
@@ -100,13 +103,14 @@ def mx(element: str | Format, *, scale_rule: str = "floor", block: int = 32) -> 
 
     References: OCP Microscaling Formats (MX) Specification v1.0, sections 5 and 6.
     """
-    names = {fmt.name: fmt for fmt in _NAMES}
-    fmt = _ELEMENTS.get(element) or names.get(element) if isinstance(element, str) else element
+    fmt = _ELEMENTS.get(element) or NAMED.get(element) if isinstance(element, str) else element
     if isinstance(element, dict):
-        fmt = fixed_point(**{k: v for k, v in element.items() if k != "maker"})
+        settings = dict(element)
+        maker = _MAKERS.get(settings.pop("maker", ""))
+        fmt = None if maker is None else maker(**settings)
     if not isinstance(fmt, Minifloat | FixedPoint):
         raise FormatError(
-            f"MX has no elements {element!r}. Available: {', '.join((*_ELEMENTS, *names))}, or a "
+            f"MX has no elements {element!r}. Available: {', '.join((*_ELEMENTS, *NAMED))}, or a "
             "minifloat or fixed-point format."
         )
     check_rule(scale_rule)

@@ -51,6 +51,10 @@ class Ternary(Format):
             unpack_base3(packed, size) if self.packing == "base3" else super().unpack(packed, size)
         )
 
+    @property
+    def unit(self) -> tuple[int, int]:
+        return (5, 1) if self.packing == "base3" else super().unit
+
     def packed_nbytes(self, shape: tuple[int, ...]) -> int:
         if self.packing != "base3":
             return super().packed_nbytes(shape)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import formats
-from jaxcompress._core.qtensor import Blocks, QTensor, nbytes
+from jaxcompress._core.blocks import Blocks
+from jaxcompress._core.qtensor import QTensor, nbytes
 
 
 def example(fmt="int4", shape=(6, 5), scale_shape=(1, 5), zero_point=None, **kwargs):

@@ -91,7 +91,7 @@ def test_kmeans_beats_uniform_and_more_bits_help():
 
 
 def test_bad_codebooks():
-    for values in ([1.0], [1.0, 1.0], [0.0, np.nan], np.arange(300.0)):
+    for values in ([1.0], [1.0, 1.0], [0.0, np.nan], [0.0, 1e300], np.arange(300.0)):
         with pytest.raises(FormatError, match="2 to 256 different finite"):
             formats.codebook(values)
     with pytest.raises(FormatError, match="found 1 different values"):

@@ -4,6 +4,7 @@
 from . import distill as distill
 from . import export as export
 from . import formats as formats
+from . import prune as prune
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
 from ._core.packed import with_qtensors as with_qtensors

@@ -42,6 +42,19 @@ def test_table(name, capsys, noise_images):
     assert all(match and 0 <= float(match[2]) <= 100 for match in found)
 
 
+@pytest.mark.slow
+def test_pruning(capsys, noise_images):
+    module = load("prune_fashion")
+    module.STEPS = 100  # masks change every 20
+    module.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["weights", "zeros", "test", "accuracy"]
+    found = [re.fullmatch(r"(.+?) +([\d.]+)% +([\d.]+)%", row) for row in rows]
+    zeros = {match[1]: float(match[2]) for match in found if match}
+    want = {"dense": 0.0, "magnitude 90 %": 90.0, "RigL 90 %": 90.0, "2:4 and int8": 50.0}
+    assert zeros == want
+
+
 def test_lsq_says_how_to_get_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("FMNIST_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):

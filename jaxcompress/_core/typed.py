@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,13 @@ class TypedParams:
     def __contains__(self, name: object) -> bool:
         """False: this is no mapping. Flax's `TrainState` asks whether it has a special key."""
         return False
+
+
+class Trained(NamedTuple):
+    """What an optimizer sees of `TypedParams`: what it trains, no statistics."""
+
+    weights: Any
+    learned: Any
 
 
 def is_typed(x: Any) -> bool:

@@ -109,9 +109,9 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
             old = _held(leaf)
             if old is None:
                 return change
-            weights, learned = (None, change) if old.weights is None else change
             new = typed.restored(typed.only(gradient), old)
-            moved = QuantParams(weights, learned, jax.tree.map(jnp.subtract, new, old.statistics))
+            statistics = jax.tree.map(jnp.subtract, new, old.statistics)
+            moved = QuantParams(change.weights, change.learned, statistics)
             return jax.tree.map(lambda _: moved, leaf, is_leaf=typed.is_typed)
 
         leaves, tree = jax.tree.flatten(params, is_leaf=_holds)
@@ -123,16 +123,14 @@ def quant_tx(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _trained(tree: Any) -> Any:
-    """The pytree with (weights, learned) for every `QuantParams`; learned where it has no weights.
+    """The pytree with (weights, learned) for every `QuantParams`.
 
     No variable of NNX is left around them: an `nnx.Optimizer` takes apart what one holds.
     """
 
     def pick(x: Any) -> Any:
         held = _held(x)
-        if held is None:
-            return x
-        return held.learned if held.weights is None else (held.weights, held.learned)
+        return x if held is None else typed.Trained(held.weights, held.learned)
 
     return jax.tree.map(pick, tree, is_leaf=_holds)
 

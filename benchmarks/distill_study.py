@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import Progress
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from study import finished, print_differences
+
 import jaxcompress as jc
 
 LOG = Path(__file__).parent / "logs" / "distill_study.jsonl"
@@ -184,18 +185,6 @@ def run(config, seed, split, advance):
     }
 
 
-def finished():
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def interval(differences):
-    """(mean, half of the 95 % interval)."""
-    n = len(differences)
-    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5
-    return np.mean(differences), half
-
-
 def summary(rows):
     """Prints accuracies, and paired differences with their intervals."""
     of = {config: {r["seed"]: r for r in rows if r["config"] == config} for config in CONFIGS}
@@ -206,15 +195,8 @@ def summary(rows):
                 np.mean([r[k] for r in found]) for k in ("accuracy", "teacher", "seconds")
             )
             print(f"{title:<36}{len(found):>6}{mean:>10.2f}{teacher:>9.2f}{s:>6.0f}")
-    print(f"\n{'difference in points':<58}{'mean':>7}   {'95 % interval':<18}aim")
-    for a, b, aim in COMPARISONS:
-        seeds = sorted(of[a].keys() & of[b].keys())
-        if len(seeds) < 2:
-            continue
-        mean, half = interval([of[a][s]["accuracy"] - of[b][s]["accuracy"] for s in seeds])
-        title = f"{CONFIGS[a][0]} - {CONFIGS[b][0]}"
-        ends = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
-        print(f"{title:<58}{mean:>+7.2f}   {ends:<18}{aim}")
+    titles = {config: c[0] for config, c in CONFIGS.items()}
+    print_differences(of, titles, COMPARISONS, 58)
 
 
 def main():
@@ -224,7 +206,7 @@ def main():
     parser.add_argument("--validation", action="store_true")
     args = parser.parse_args()
     split = "validation" if args.validation else "test"
-    done = {tuple(row[k] for k in KEYS) for row in finished()}
+    done = {tuple(row[k] for k in KEYS) for row in finished(LOG)}
     plan = [(c, s, split) for s in range(args.seeds) for c in args.only.split(",")]
     plan = [key for key in plan if key not in done]
     with Progress() as progress:
@@ -235,7 +217,7 @@ def main():
             with LOG.open("a") as log:
                 print(json.dumps(dict(zip(KEYS, (config, seed, split))) | found), file=log)
     print(f"{split}, batches of {BATCH}")
-    summary([r for r in finished() if r["split"] == split])
+    summary([r for r in finished(LOG) if r["split"] == split])
 
 
 if __name__ == "__main__":

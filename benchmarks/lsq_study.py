@@ -29,9 +29,10 @@ import numpy as np
 import optax
 from jax import lax
 from rich.progress import Progress
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from study import finished, print_differences
+
 import jaxcompress as jc
 
 LOG = Path(__file__).parent / "logs" / "lsq_study.jsonl"
@@ -163,18 +164,6 @@ def run(config, seed, rate, data, advance):
     }
 
 
-def finished():
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def interval(differences):
-    """(mean, half of the 95 % interval)."""
-    n = len(differences)
-    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5
-    return np.mean(differences), half
-
-
 def summary(rows):
     """Prints accuracies, and paired differences with their intervals."""
     of = {config: {r["seed"]: r for r in rows if r["config"] == config} for config in CONFIGS}
@@ -184,15 +173,8 @@ def summary(rows):
             seconds = np.median([r["seconds"] for r in of[config].values()])
             ends = f"{min(found):>8.2f}{max(found):>9.2f}{seconds:>6.0f}"
             print(f"{title:<34}{len(found):>6}{np.mean(found):>10.2f}{ends}")
-    print(f"\n{'difference in points':<50}{'mean':>7}   {'95 % interval':<18}aim")
-    for a, b, aim in COMPARISONS:
-        seeds = sorted(of[a].keys() & of[b].keys())
-        if len(seeds) < 2:
-            continue
-        mean, half = interval([of[a][s]["accuracy"] - of[b][s]["accuracy"] for s in seeds])
-        title = f"{CONFIGS[a][0]} - {CONFIGS[b][0]}"
-        ends = f"[{mean - half:+.2f}, {mean + half:+.2f}]"
-        print(f"{title:<50}{mean:>+7.2f}   {ends:<18}{aim}")
+    titles = {config: c[0] for config, c in CONFIGS.items()}
+    print_differences(of, titles, COMPARISONS, 50)
 
 
 def main():
@@ -202,7 +184,7 @@ def main():
     parser.add_argument("--rates", help="try these on the validation images")
     args = parser.parse_args()
     split = "validation" if args.rates else "test"
-    done = {tuple(row[k] for k in KEYS) for row in finished()}
+    done = {tuple(row[k] for k in KEYS) for row in finished(LOG)}
     seeds, only = range(args.seeds), args.only.split(",")
 
     def rates(config):
@@ -223,7 +205,7 @@ def main():
             found = run(config, seed, rate, data, functools.partial(progress.advance, bar))
             with LOG.open("a") as log:
                 print(json.dumps(dict(zip(KEYS, key)) | found), file=log, flush=True)
-    rows = [r for r in finished() if r["split"] == split and r["epochs"] == EPOCHS]
+    rows = [r for r in finished(LOG) if r["split"] == split and r["epochs"] == EPOCHS]
     print(f"{split}, {EPOCHS} epochs of {TRAIN} images, batches of {BATCH}")
     if not args.rates:
         return summary([r for r in rows if r["rate"] == RATES.get(r["config"], RATE)])

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import Progress
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from study import finished, print_differences
+
 import jaxcompress as jc
 
 LOG = Path(__file__).parent / "logs" / "prune_study.jsonl"
@@ -153,18 +154,6 @@ def run(config, seed, data, advance):
     }
 
 
-def finished():
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def interval(differences):
-    """(mean, half of the 95 % interval)."""
-    n = len(differences)
-    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / n**0.5
-    return np.mean(differences), half
-
-
 def summary(rows):
     """Prints accuracies, and paired differences with their intervals."""
     of = {config: {r["seed"]: r for r in rows if r["config"] == config} for config in CONFIGS}
@@ -177,14 +166,8 @@ def summary(rows):
                 f"{title:<22}{len(found):>6}{middle[0]:>10.4f}{np.mean(accuracy):>10.2f}"
                 f"{min(accuracy):>8.2f}{middle[1]:>6.0f}"
             )
-    print(f"\n{'difference in points':<44}{'mean':>7}   {'95 % interval':<18}aim")
-    for a, b, aim in COMPARISONS:
-        seeds = sorted(of[a].keys() & of[b].keys())
-        if len(seeds) < 2:
-            continue
-        mean, half = interval([of[a][s]["accuracy"] - of[b][s]["accuracy"] for s in seeds])
-        title = f"{CONFIGS[a][0]} - {CONFIGS[b][0]}"
-        print(f"{title:<44}{mean:>+7.2f}   {f'[{mean - half:+.2f}, {mean + half:+.2f}]':<18}{aim}")
+    titles = {config: c[0] for config, c in CONFIGS.items()}
+    print_differences(of, titles, COMPARISONS, 44)
 
 
 def main():
@@ -192,7 +175,7 @@ def main():
     parser.add_argument("--only", default=",".join(CONFIGS))
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
-    done = {(row["config"], row["seed"]) for row in finished() if row["epochs"] == EPOCHS}
+    done = {(row["config"], row["seed"]) for row in finished(LOG) if row["epochs"] == EPOCHS}
     plan = [(c, s) for s in range(args.seeds) for c in args.only.split(",")]
     plan = [key for key in plan if key not in done]
     if plan:
@@ -207,7 +190,7 @@ def main():
                 row = {"config": config, "seed": seed, "epochs": EPOCHS} | found
                 print(json.dumps(row), file=log, flush=True)
     print(f"{EPOCHS} epochs of {TRAIN} images, batches of {BATCH}, Adam {RATE}")
-    summary([r for r in finished() if r["epochs"] == EPOCHS])
+    summary([r for r in finished(LOG) if r["epochs"] == EPOCHS])
 
 
 if __name__ == "__main__":

@@ -101,11 +101,11 @@ def stablehlo(
         program = Program(fn, packing.pack(params, example_inputs), example_inputs)
     inputs = _with_symbolic_batch(program.inputs) if symbolic_batch else program.inputs
     inputs = _avals(inputs)
-    exported, out = _export(program.run, program, inputs, platforms)
+    exported, data, out = _export(program.run, program, inputs, platforms)
     names = program.sites() if sites else []
-    files = {PROGRAM: exported.serialize()}
+    files = {PROGRAM: data}
     if names:
-        files[SITES] = _export(program.run_sites, program, inputs, platforms)[0].serialize()
+        files[SITES] = _export(program.run_sites, program, inputs, platforms)[1]
     rows = packing.rows(program.named, params, example_inputs)
     manifest = {
         "jax": jax.__version__,
@@ -140,21 +140,21 @@ def stablehlo(
 
 def _export(
     run: Callable, program: Program, inputs: Sequence, platforms: Sequence[str]
-) -> tuple[Any, Any]:
-    """(what jax.export makes of a function, what the function returns)."""
+) -> tuple[Any, bytes, Any]:
+    """(what jax.export makes of a function, that serialized, what the function returns)."""
     arrays_of, kept = flat(run)
     compiled, args = jax.jit(arrays_of), (_avals(program.leaves), list(inputs))
     jax.eval_shape(compiled, *args)  # what fails here is the function's own
     try:
         exported = jax_export.export(compiled, platforms=tuple(platforms))(*args)
-        exported.serialize()
+        data = exported.serialize()
     except (NotImplementedError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"JAX {jax.__version__} cannot export this function for {', '.join(platforms)}: "
             f"{type(error).__name__}: {error}. Leave a platform out with platforms=, or the "
             "operation or dtype that is named."
         ) from error
-    return exported, kept[0].merge(_avals(exported.out_avals))
+    return exported, bytes(data), kept[0].merge(_avals(exported.out_avals))
 
 
 def _avals(arrays: Sequence) -> list[jax.ShapeDtypeStruct]:

@@ -284,7 +284,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("run, message", WRONG, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize("run, message", WRONG, ids=[message[:30] for _, message in WRONG])
 def test_errors(run, message):
     with pytest.raises(jc.JaxCompressError, match=message):
         run()

@@ -16,6 +16,7 @@ as bytes; below eight bits a value they are packed as `formats.pack` does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,9 +28,8 @@ from jax.core import Tracer
 
 from .._core.qtensor import QTensor
 from .._errors import ArtifactError
-from .._quantize.params import QuantParams
-from . import _bits, _qtensor
-from ._safetensors import NAMES
+from . import bits, qtensor
+from .safetensors import NAMES
 
 # Stored packed, so many bits a value.
 _PACKED = {
@@ -52,7 +52,13 @@ _BYTES = {  # stored as bytes
         ml_dtypes.float8_e5m2fnuz,
     )
 }
-_OWN = {"jaxcompress.QuantParams": QuantParams}
+_OWN: dict[str, type] = {}  # filled by `own` when the library is imported
+
+
+def own(kind: type) -> type:
+    """Makes a registered dataclass of this library one that is built without `like`."""
+    _OWN[f"jaxcompress.{kind.__name__}"] = kind
+    return kind
 
 
 def describe(tree: Any) -> tuple[Any, dict[str, Any]]:
@@ -78,8 +84,8 @@ class _Describe:
         if x is None:
             return None
         if isinstance(x, QTensor):
-            data = _qtensor.to_data(x, _name(path))
-            leaves = {n: getattr(x, n) for n in _qtensor.LEAVES}
+            data = qtensor.to_data(x, _name(path))
+            leaves = {n: getattr(x, n) for n in qtensor.LEAVES}
             leaves = {n: None if a is None else self.leaf(a, path, n) for n, a in leaves.items()}
             return {"qtensor": data | leaves}
         if type(x) is dict:
@@ -126,7 +132,7 @@ class _Describe:
             return {kind: self.store(x, path, field)}
         if dtype.name in _PACKED:
             codes = np.ascontiguousarray(np.atleast_1d(np.asarray(x))).view(np.uint8)
-            data = _bits.pack(codes, _PACKED[dtype.name])
+            data = bits.pack(codes, _PACKED[dtype.name])
         elif dtype.name in _BYTES and dtype.isnative:
             data = np.ascontiguousarray(x).reshape(*x.shape, 1).view(np.uint8)
         else:
@@ -203,8 +209,8 @@ class _Rebuild:
             case {"node": str(kind), "children": list(pairs), **rest} if not rest:
                 return _Node(kind, self.pairs(pairs, path))
             case {"qtensor": dict(fields), **rest} if not rest:
-                leaves = {n: self.node(fields.pop(n, None), path) for n in _qtensor.LEAVES}
-                return _qtensor.from_data(fields, leaves, _name(path))
+                leaves = {n: self.node(fields.pop(n, None), path) for n in qtensor.LEAVES}
+                return qtensor.from_data(fields, leaves, _name(path))
             case {"value": bool() | int() | str() as value, **rest} if not rest:
                 return value
             case {"float": str(text), **rest} if not rest:
@@ -259,9 +265,9 @@ def _public(tree: Any) -> Any:
     match tree:
         case _Node():
             children = {k: _public(v) for k, v in tree.children.items()}
-            own = _OWN.get(tree.kind)
-            if own is not None and children.keys() == {"weights", "learned", "statistics"}:
-                return own(**children)
+            ours = _OWN.get(tree.kind)
+            if ours is not None and children.keys() == {f.name for f in dataclasses.fields(ours)}:
+                return ours(**children)
             return children
         case dict():
             return {k: _public(v) for k, v in tree.items()}
@@ -329,13 +335,13 @@ def _from_bytes(x: np.ndarray, name: Any, shape: Any, path: tuple[Any, ...]) -> 
         return np.ascontiguousarray(x).view(_BYTES[name]).reshape(shape)
     if name not in _PACKED:
         raise _wrong(path)
-    bits = _PACKED[name]
+    width = _PACKED[name]
     *rows, last = shape or [1]
-    if x.shape != (*rows, -(-last * bits // 8)):
+    if x.shape != (*rows, -(-last * width // 8)):
         raise _wrong(path)
-    codes = np.ascontiguousarray(_bits.unpack(x, bits, last))
+    codes = np.ascontiguousarray(bits.unpack(x, width, last))
     if name.startswith("int"):
-        codes = _bits.signed(codes, bits)
+        codes = bits.signed(codes, width)
     return codes.view(getattr(ml_dtypes, name)).reshape(shape)
 
 

@@ -308,7 +308,7 @@ def _one(value: Array, axis_name: str | None) -> Array:
 def _in_blocks(setting: _Setting, z, teacher, weights, labels, gradients: bool):
     """`_rows` of a chunk; on CPUs a few rows at a time, which then stay in the cache.
 
-    Without `gradients` the second result is none.
+    Without `gradients` the second result is of no use.
     """
 
     def at_once(z, rest):

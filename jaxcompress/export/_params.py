@@ -15,9 +15,9 @@ import pathlib
 from typing import Any
 
 from .._errors import ArtifactError
-from .._files import shards
+from .._files import shards, single
 from .._files import tree as trees
-from .._files.whole import new_file, new_folder
+from .._files.whole import new_folder
 from . import _compressed_tensors
 
 LAYOUTS = ("jaxcompress", "compressed-tensors")
@@ -58,22 +58,21 @@ def save_params(
         raise ArtifactError(f"There is no layout {layout!r}. Available: {', '.join(LAYOUTS)}.")
     if max_shard_bytes < 1:
         raise ArtifactError(f"max_shard_bytes={max_shard_bytes!r}: a shard has at least one byte.")
-    config = None
-    if layout == "compressed-tensors":
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        if layout == "compressed-tensors":
             raise ArtifactError(
                 f"The layout compressed-tensors is a directory, with config.json in it; {path} is "
                 "the name of a file."
             )
+        single.save(tree, path)
+        return
+    config = None
+    if layout == "compressed-tensors":
         arrays, config, about = _compressed_tensors.encode(tree)
     else:
         node, arrays = trees.describe(tree)
         about = {"tree": node}
     about = {"layout": layout, **about}
-    if path.suffix == ".safetensors":
-        with new_file(path) as file:
-            shards.write_file(file, arrays, about)
-        return
     _check_replaceable(path)
     try:
         with new_folder(path, "Choose another path.") as folder:

@@ -6,12 +6,14 @@ from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform
 from ._fixed import fixed as fixed
+from ._l0 import l0 as l0
 from ._link import PruneState as PruneState
 from ._link import masks as masks
 from ._magnitude import magnitude as magnitude
 from ._masked import masked as masked
 from ._masks import apply_masks as apply_masks
 from ._masks import sparsity as sparsity
+from ._movement import movement as movement
 from ._nm import nm as nm
 from ._random import random as random
 from ._rigl import rigl as rigl
@@ -22,6 +24,10 @@ from ._schedules import constant as constant
 from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot
 from ._set import set as set
+from ._soft import SoftParams as SoftParams
+from ._soft import SoftPruned as SoftPruned
+from ._ste import sr_ste as sr_ste
+from ._ste import ste as ste
 from ._structures import blocks as blocks
 from ._structures import channels as channels
 from ._structures import unstructured as unstructured

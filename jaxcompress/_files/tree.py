@@ -6,6 +6,7 @@
     {"list": [node, ...]}, {"tuple": ...}
     {"node": type, "children": [[key, node], ...]}    any other pytree node
     {"qtensor": {"format", "dtype", "axis", "unused", "blocks", "packed", ...}}
+    {"sparse": {"shape", "pattern", "axis", "values": node, "index": node}}
     {"jax": name}, {"numpy": name}, {"scalar": name}  arrays, and numbers of NumPy
     {"key": name, "impl": name}                       typed PRNG keys
     {"value": 3}, {"float": "0x1.8p+0"}, {"complex": [re, im]}    numbers and texts of Python
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,10 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from .._core.qtensor import QTensor
+from .._core.qtensor import QTensor, Stored
+from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
-from . import bits, qtensor
+from . import bits, qtensor, sparse
 from .safetensors import NAMES
 
 # Stored packed, so many bits a value.
@@ -52,10 +54,11 @@ _BYTES = {  # stored as bytes
         ml_dtypes.float8_e5m2fnuz,
     )
 }
+_Type = TypeVar("_Type", bound=type)
 _OWN: dict[str, type] = {}  # filled by `own` when the library is imported
 
 
-def own(kind: type) -> type:
+def own(kind: _Type) -> _Type:
     """Makes a registered dataclass of this library one that is built without `like`."""
     _OWN[f"jaxcompress.{kind.__name__}"] = kind
     return kind
@@ -88,6 +91,10 @@ class _Describe:
             leaves = {n: getattr(x, n) for n in qtensor.LEAVES}
             leaves = {n: None if a is None else self.leaf(a, path, n) for n, a in leaves.items()}
             return {"qtensor": data | leaves}
+        if isinstance(x, SparseTensor):
+            values = self.node(x.values, (*path, "values"))
+            leaves = {"values": values, "index": self.leaf(x.index, path, "index")}
+            return {"sparse": sparse.to_data(x) | leaves}
         if type(x) is dict:
             return {"dict": [[_key(k, path), self.node(v, (*path, k))] for k, v in x.items()]}
         if type(x) in (list, tuple):
@@ -211,6 +218,10 @@ class _Rebuild:
             case {"qtensor": dict(fields), **rest} if not rest:
                 leaves = {n: self.node(fields.pop(n, None), path) for n in qtensor.LEAVES}
                 return qtensor.from_data(fields, leaves, _name(path))
+            case {"sparse": dict(fields), **rest} if not rest:
+                values = self.node(fields.pop("values", None), (*path, "values"))
+                index = self.node(fields.pop("index", None), path)
+                return sparse.from_data(fields, values, index, _name(path))
             case {"value": bool() | int() | str() as value, **rest} if not rest:
                 return value
             case {"float": str(text), **rest} if not rest:
@@ -282,7 +293,7 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
         if tree is like:
             return None
         raise _unlike(tree, like, path)
-    pairs = None if isinstance(like, QTensor) else children_of(like)
+    pairs = None if isinstance(like, Stored) else children_of(like)
     if pairs is None:
         if isinstance(tree, _Node | dict | list | tuple):
             raise _unlike(tree, like, path)
@@ -292,6 +303,8 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
                 raise ArtifactError(
                     f"`{_name(path)}` has the {what} {have} in the file and {want} in `like`."
                 )
+        if isinstance(like, SparseTensor) and getattr(tree, "pattern", None) != like.pattern:
+            raise _unlike(tree, like, path)
         if isinstance(like, QTensor) and getattr(tree, "format", None) != like.format:
             raise _unlike(tree, like, path)
         return tree
@@ -378,6 +391,8 @@ def _wrong(path: tuple[Any, ...]) -> ArtifactError:
 
 def _unlike(tree: Any, like: Any, path: tuple[Any, ...]) -> ArtifactError:
     def what(x: Any) -> str:
+        if isinstance(x, SparseTensor):
+            return "SparseTensor"
         if isinstance(x, QTensor):
             return f"QTensor of {x.format.name}"
         kind = x.kind if isinstance(x, _Node) else type(x).__name__

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.qtensor import QTensor
+from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
 from .._files import tree as trees
 from .._files.safetensors import NAMES
@@ -48,6 +49,11 @@ def encode(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, 
 
     def walk(x: Any, path: tuple[str, ...]) -> None:
         where = ".".join(path)
+        if isinstance(x, SparseTensor):
+            raise ArtifactError(
+                f"`{where}` is a SparseTensor, which this layout is not written with here: give "
+                'its .dequantize(), or take layout="jaxcompress".'
+            )
         children = None if isinstance(x, QTensor) else trees.children_of(x)
         if children is not None:
             for key, child in children:

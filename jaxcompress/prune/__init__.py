@@ -16,6 +16,8 @@ from ._masks import sparsity as sparsity
 from ._movement import movement as movement
 from ._nm import nm as nm
 from ._random import random as random
+from ._report import Sparsities as Sparsities
+from ._report import report as report
 from ._rigl import rigl as rigl
 from ._saliency import grasp as grasp
 from ._saliency import snip as snip
@@ -26,6 +28,7 @@ from ._schedules import one_shot as one_shot
 from ._set import set as set
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
+from ._sparse import sparse as sparse
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
 from ._structures import blocks as blocks

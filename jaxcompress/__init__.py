@@ -12,6 +12,7 @@ from ._core.qtensor import QTensor as QTensor
 from ._core.qtensor import nbytes as nbytes
 from ._core.sites import Operand as Operand
 from ._core.sites import Site as Site
+from ._core.sparse import SparseTensor as SparseTensor
 from ._errors import ArtifactError as ArtifactError
 from ._errors import FormatError as FormatError
 from ._errors import JaxCompressError as JaxCompressError

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ._errors import ArtifactError
-from .export._files import new_folder, read_small
-from .export._sealed import LIMIT, parse
+from ._files.sealed import LIMIT, parse
+from ._files.whole import new_folder, read_small
 
 SCHEMA_VERSION = 1
 REPORT, PARAMETERS, FLOAT_PARAMETERS = (

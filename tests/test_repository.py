@@ -22,6 +22,7 @@ ROWS = {
     "_errors": 0,
     "formats": 1,
     "_core": 2,
+    "_files": 3,
     "_calibration": 3,
     "_solvers": 3,
     "_quantize": 4,

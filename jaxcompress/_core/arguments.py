@@ -13,7 +13,7 @@ import jax
 
 from .._errors import JaxCompressError
 from .provenance import DATA, Label, key_path
-from .qtensor import is_qtensor
+from .qtensor import is_stored
 from .staging import is_array
 
 ArgNums = int | str | Sequence[int | str]
@@ -78,7 +78,7 @@ def label_arguments(
     Key paths differ: two that read the same (`{"a/b": x}` and `{"a": {"b": y}}`) are spelled out
     as `['a/b']` and `['a']['b']`, and those of several arguments start with `arg0/`.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
+    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_stored)
     flat = [(path, x) for path, x in flat if is_array(x, floats)]
     heads = [getattr(path[1], "idx", getattr(path[1], "key", None)) for path, _ in flat]
     ours = [i for i, head in enumerate(heads) if head in params]

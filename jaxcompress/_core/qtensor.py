@@ -26,9 +26,16 @@ from ..formats._base import multiply
 from .blocks import Blocks, Tiles
 
 
+class Stored:
+    """What stands for an array, of a `shape` and `dtype`, that `dequantize()` computes."""
+
+    def dequantize(self) -> jax.Array:
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class QTensor:
+class QTensor(Stored):
     """An array stored as codes of a number format and scales. Made by `Quantizer.quantize`.
 
     A pytree with the leaves `packed`, `scale` and, where there are any, `packed_zero_point` and
@@ -239,14 +246,19 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
+def is_stored(x: Any) -> bool:
+    """Whether x is a QTensor or a SparseTensor."""
+    return isinstance(x, Stored)
+
+
 def dequantized(x: Any) -> Any:
-    """The array that a QTensor stands for; anything else as it is."""
-    return x.dequantize() if isinstance(x, QTensor) else x
+    """The array that a QTensor or SparseTensor stands for; anything else as it is."""
+    return x.dequantize() if isinstance(x, Stored) else x
 
 
-def abstract(q: QTensor) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the array that a QTensor stands for, as JAX traces it."""
-    return jax.eval_shape(QTensor.dequantize, q)
+def abstract(q: Stored) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the array that x stands for, as JAX traces it."""
+    return jax.eval_shape(lambda q: q.dequantize(), q)
 
 
 def nbytes(tree: Any) -> int:

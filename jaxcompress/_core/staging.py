@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from . import _compat
-from .qtensor import QTensor, abstract, is_qtensor
+from .qtensor import Stored, abstract, is_stored
 
 
 class Static:
@@ -45,7 +45,7 @@ def is_array(x: Any, floats: bool = True) -> bool:
     """
     if is_float(x):
         return floats
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor)
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
     return isinstance(x, kinds) and getattr(x, "dtype", None) != np.dtype(object)
 
 
@@ -91,9 +91,9 @@ def split(value: Any, floats: bool = True, whole: bool = True) -> tuple[Call, li
     Args:
       value: the pytree.
       floats: whether Python's floats are arrays.
-      whole: whether a QTensor is one array, not several.
+      whole: whether a QTensor or SparseTensor is one array, not several.
     """
-    leaves, tree = jax.tree_util.tree_flatten(value, is_leaf=is_qtensor if whole else None)
+    leaves, tree = jax.tree_util.tree_flatten(value, is_leaf=is_stored if whole else None)
     traced = tuple(is_array(x, floats) for x in leaves)
     static = tuple(Static(x) for x, t in zip(leaves, traced, strict=True) if not t)
     return Call(tree, traced, static), [x for x, t in zip(leaves, traced, strict=True) if t]
@@ -110,7 +110,7 @@ class Staged(NamedTuple):
 def stage(fn: Callable, call: Call, arrays: Sequence, leading: Sequence = ()) -> Staged:
     """Traces `fn(*leading, *args, **kwargs)` to a jaxpr over `leading` and the arrays of `call`.
 
-    A QTensor is one array.
+    A QTensor or SparseTensor is one array.
     """
     made: list[Call] = []
 
@@ -120,7 +120,7 @@ def stage(fn: Callable, call: Call, arrays: Sequence, leading: Sequence = ()) ->
         made[:] = [out]
         return results
 
-    whole = [abstract(x) if is_qtensor(x) else x for x in arrays]
+    whole = [abstract(x) if is_stored(x) else x for x in arrays]
     closed = jax.make_jaxpr(flat)(tuple(leading), *whole)
     jaxpr, consts = _compat.open_jaxpr(closed)
     return Staged(jaxpr, consts, made[0].merge)

@@ -24,8 +24,9 @@ from .interpret import Runtime, evaluate
 from .keys import TAKES_KEY, own_key, take_key
 from .naming import name_sites
 from .provenance import CONSTANT, DATA, Label
-from .qtensor import dequantized, is_qtensor
+from .qtensor import dequantized, is_stored
 from .sites import Plan, Site
+from .sparse import is_sparse
 from .staging import Call, Packed, Staged, is_float, split, stage
 
 
@@ -115,7 +116,7 @@ class Traced(NamedTuple):
             }
             learned = {**learned, **keys}
         runtime = Runtime(transform, settings, learned, dict(state))
-        arrays = [*_present(key), *arrays]
+        arrays = [*_present(key), *(x.opened() if is_sparse(x) else x for x in arrays)]
         outs = evaluate(self.plan, self.staged.jaxpr, self.staged.consts, arrays, runtime)
         return self.staged.rebuild(list(map(dequantized, outs))), runtime.state
 
@@ -384,7 +385,7 @@ def distinct(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def _shape_of(x: Any) -> Any:
-    if is_qtensor(x):
+    if is_stored(x):
         return jax.eval_shape(lambda q: q, x)
     return jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", None) or jnp.result_type(x))
 

@@ -23,7 +23,7 @@ from jax import lax
 from .._errors import JaxCompressError, RecipeError
 from . import _compat
 from .provenance import DATA, Label
-from .qtensor import is_qtensor
+from .qtensor import is_stored
 from .staging import is_array, split
 
 EPS = 2.0**-64
@@ -111,7 +111,7 @@ def unwrapping(fn: Callable) -> Callable:
 def labels_of(tree: Any, own: list[Label], floats: bool = True) -> list[Label]:
     """Labels of the arrays of `unwrap(tree)`: `own` for the weights, data for all else."""
     out: list[Label] = []
-    for x in jax.tree.leaves(tree, is_leaf=lambda x: is_typed(x) or is_qtensor(x)):
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: is_typed(x) or is_stored(x)):
         if is_typed(x):
             out += own
         elif is_array(x, floats):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import qmove, qparts, typed
-from .._core.qtensor import QTensor, is_qtensor
+from .._core.qtensor import QTensor, is_stored
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from . import recipes
@@ -126,7 +126,7 @@ def packed_params(
         packed = {}
         for path, known in readings.items():
             x = parameters[path]
-            if not is_qtensor(x) and (reading := _agreed(known, x)) is not None:
+            if not is_stored(x) and (reading := _agreed(known, x)) is not None:
                 packed[path] = reading.pack(x)
         return inner.replace(packed, args, kwargs)
 

@@ -24,6 +24,8 @@ from ._minilm import minilm as minilm
 from ._minilm import uniform_layers as uniform_layers
 from ._on_policy import on_policy as on_policy
 from ._pkt import pkt as pkt
+from ._record import Recording as Recording
+from ._record import record as record
 from ._rkd import rkd as rkd
 from ._self import ema as ema
 from ._self import ema_params as ema_params

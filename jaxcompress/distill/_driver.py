@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._errors import JaxCompressError
+from ._batch import Selector, pick
 from ._labels import cross_entropy
 from ._match import Match, Pair, compared, observed, projections_for
 from ._top_k import TopK
-
-Selector = Callable[[Any], Any] | int | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Distillation:
         step: Any = None,
     ) -> tuple[Array, dict[str, Array]]:
         """(loss, metrics); see `loss_fn`."""
-        labels, mask = _pick(batch, self.hard_labels), _pick(batch, self.mask)
+        labels, mask = pick(batch, self.hard_labels), pick(batch, self.mask)
         logits, outputs, pairs = self._run(params, batch, teacher_params, teacher_outputs)
         total, metrics = jnp.zeros(()), {}
         if self.loss is not None:
@@ -93,7 +92,7 @@ class Distillation:
 
     def _run(self, params: Any, batch: Any, teacher_params: Any, stored: Any):
         """(student's output, what each teacher says, pairs of features of each match)."""
-        x = batch if self.inputs is None else _pick(batch, self.inputs)
+        x = batch if self.inputs is None else pick(batch, self.inputs)
         wanted = [(m.student_pattern, m.output) for m in self.match]
         logits, ours = observed(self.student, "student", wanted, params, x)
         outputs, theirs = [], {}
@@ -150,26 +149,6 @@ def _recalled(known: Any, count: int) -> tuple[Any, list[dict[str, Array]]]:
     ]
 
 
-def _pick(batch: Any, selector: Selector | None) -> Any:
-    """A part of a batch: by index, key or function; None without a selector.
-
-    Raises:
-      JaxCompressError: the batch has no such part.
-    """
-    if selector is None:
-        return None
-    if callable(selector):
-        return selector(batch)
-    try:
-        return batch[selector]
-    except (KeyError, IndexError, TypeError):
-        parts = list(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise JaxCompressError(
-            f"the batch has no part {selector!r}; it is: {parts}. hard_labels=, inputs= and "
-            "mask= take an index, a key, or a function of the batch."
-        ) from None
-
-
 def loss_fn(
     student: Callable,
     teacher: Callable | Sequence[Callable] | None,
@@ -196,7 +175,7 @@ def loss_fn(
       teacher_params: the teacher is then called as `teacher(teacher_params, inputs)`, and keeps
         the sharding of its parameters; a tuple of them for several teachers.
       teacher_outputs: stored outputs of this batch instead of running the teacher:
-        logits, a `TopK`, or `{"output": ..., "features": ...}`.
+        logits, a `TopK`, or `{"output": ..., "features": ...}`, as `record` stores them.
       step: for the schedule.
 
     Args:

@@ -16,13 +16,13 @@ import jax
 import jax.export as jax_export
 
 from .._errors import ArtifactError
+from .._files.safetensors import read_header
+from .._files.sealed import LIMIT, check_seal, parse
+from .._files.whole import member, read_small
 from .._quantize.accounting import Row
 from .._quantize.recipe import Recipe
 from .._quantize.report import Report
-from . import _sealed
-from ._files import member, read_small
 from ._params import load_params
-from ._safetensors import read_header
 from ._signature import Signature
 
 MANIFEST, PROGRAM, SITES = "manifest.json", "program.bin", "sites.bin"
@@ -212,10 +212,10 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}.")
     what = member(path, MANIFEST)
-    text = read_small(what, _sealed.LIMIT)
-    if not _sealed.check_seal(text, "stablehlo", what):
+    text = read_small(what, LIMIT)
+    if not check_seal(text, "stablehlo", what):
         raise ArtifactError(f"{what} is damaged, or not of an artifact of jaxcompress.")
-    data = _sealed.parse(text, what)
+    data = parse(text, what)
     version = data["stablehlo"].get("schema_version")
     if version not in READABLE:
         raise ArtifactError(

@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.qtensor import QTensor
+from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
-from . import _ct_layout, _sealed, _tree
+from .._files import tree as trees
+from .._files.safetensors import NAMES
+from .._files.sealed import LIMIT, parse
+from .._files.whole import member, read_small
+from . import _ct_layout
 from ._ct_layout import TENSORS, Scheme
-from ._files import member, read_small
-from ._safetensors import NAMES
 
 CONFIG = "config.json"
 VERSION = "0.18.0"  # the first with today's order of bits
@@ -46,7 +49,12 @@ def encode(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, 
 
     def walk(x: Any, path: tuple[str, ...]) -> None:
         where = ".".join(path)
-        children = None if isinstance(x, QTensor) else _tree.children_of(x)
+        if isinstance(x, SparseTensor):
+            raise ArtifactError(
+                f"`{where}` is a SparseTensor, which this layout is not written with here: give "
+                'its .dequantize(), or take layout="jaxcompress".'
+            )
+        children = None if isinstance(x, QTensor) else trees.children_of(x)
         if children is not None:
             for key, child in children:
                 if not str(key) or "." in str(key):
@@ -119,7 +127,7 @@ def decode(
         and configuration do not fit together.
     """
     path = member(folder, CONFIG)
-    config = _sealed.parse(read_small(path, _sealed.LIMIT), path)
+    config = parse(read_small(path, LIMIT), path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise ArtifactError(f"{path} has no quantization_config: {folder} is no model of ours.")

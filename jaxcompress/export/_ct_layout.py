@@ -30,7 +30,7 @@ from .. import formats
 from .._core.blocks import Blocks, Tiles
 from .._core.qtensor import QTensor
 from .._errors import ArtifactError
-from . import _bits
+from .._files import bits as host_bits
 
 TENSORS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
@@ -113,7 +113,7 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
         codes = np.where(codes == 8, np.uint8(0), codes)  # its compressors write -0 as 0
     if isinstance(fmt, formats.NVFP4) and settings == {"group_size": 16}:
         top = np.float32(1 if q.global_scale is None else q.global_scale)
-        out["weight_packed"] = _bits.pack(codes.T, 4)
+        out["weight_packed"] = host_bits.pack(codes.T, 4)
         out["weight_global_scale"] = (np.float32(1) / top).reshape(1)
         dtype = "torch.float8_e4m3fn"
         name = "nvfp4-pack-quantized"
@@ -121,7 +121,7 @@ def encode(q: QTensor, name: str) -> tuple[Scheme, dict[str, np.ndarray]]:
     if not isinstance(fmt, formats.MX) or settings != {"group_size": 32}:
         raise _unfit(name, f"{fmt.name} in groups of {settings['group_size']}")
     if element == formats.float4_e2m1fn:
-        out["weight_packed"] = _bits.pack(codes.T, 4)
+        out["weight_packed"] = host_bits.pack(codes.T, 4)
         kind, bits = "mxfp4-pack-quantized", 4
     else:
         out["weight"] = codes.T
@@ -170,7 +170,7 @@ def decode(
         packed = _get(tensors, "weight_packed", name)
         if packed.dtype != np.uint8 or packed.ndim != 2:
             raise _wrong(name, "weight_packed")
-        codes = _bits.unpack(packed, 4, 2 * packed.shape[1])
+        codes = host_bits.unpack(packed, 4, 2 * packed.shape[1])
         fmt = formats.mxfp4 if scheme.format.startswith("mx") else formats.nvfp4
         if fmt == formats.nvfp4:
             divisor = _get(tensors, "weight_global_scale", name)
@@ -259,7 +259,7 @@ def _scales_in(
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:
     """int8[r, c] -> int32[r, ceil(c bits / 32)]: offset by 2^(bits-1), low bits first."""
     unsigned = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-    packed = _bits.pack(unsigned, bits)
+    packed = host_bits.pack(unsigned, bits)
     packed = np.pad(packed, [(0, 0), (0, -packed.shape[1] % 4)])
     return np.ascontiguousarray(packed).view("<i4")
 
@@ -283,7 +283,7 @@ def _from_words(
         fields = words.view(np.uint32)[..., None] >> starts & np.uint32(2**bits - 1)
         codes = fields.reshape(rows, -1)[:, :columns].astype(np.int16)
     else:
-        codes = _bits.unpack(words.view(np.uint8), bits, columns).astype(np.int16)
+        codes = host_bits.unpack(words.view(np.uint8), bits, columns).astype(np.int16)
     return (codes - 2 ** (bits - 1)).astype(np.int8)
 
 
@@ -292,12 +292,12 @@ def _codes(packed: Any, fmt: formats.Format, last: int) -> np.ndarray:
     packed = np.asarray(packed)
     if fmt.code_bits >= 8:
         return packed
-    codes = np.ascontiguousarray(_bits.unpack(packed, fmt.code_bits, last))
-    return _bits.signed(codes, fmt.code_bits) if fmt.dtype == jnp.int8 else codes
+    codes = np.ascontiguousarray(host_bits.unpack(packed, fmt.code_bits, last))
+    return host_bits.signed(codes, fmt.code_bits) if fmt.dtype == jnp.int8 else codes
 
 
 def _pack(codes: np.ndarray, fmt: formats.Format) -> np.ndarray:
-    return codes if fmt.code_bits >= 8 else _bits.pack(codes, fmt.code_bits)
+    return codes if fmt.code_bits >= 8 else host_bits.pack(codes, fmt.code_bits)
 
 
 def _in_order(index: np.ndarray, columns: int, size: int | None) -> bool:

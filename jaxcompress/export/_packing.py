@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from .._core import typed
-from .._core.qtensor import QTensor, nbytes
+from .._core.qtensor import QTensor, abstract, is_stored, nbytes
+from .._core.sparse import SparseTensor, is_sparse
 from .._core.staging import split
 from .._core.transform import Transformed, transformed_by
 from .._quantize.accounting import Row
@@ -62,8 +63,9 @@ class Packing:
             }
 
         def row(name: str, x: Any) -> Row:
-            packed = isinstance(x, QTensor)
-            fmt = x.format.name if packed else str(x.dtype)
+            packed = is_stored(x)
+            fmt = x.format.name if isinstance(x, QTensor) else str(x.dtype)
+            fmt = x.layout if isinstance(x, SparseTensor) else fmt
             why = reasons.get(name.removeprefix("weights/"), "stored as it was given")
             before = x.size * x.dtype.itemsize
             why = "" if packed else why
@@ -74,4 +76,5 @@ class Packing:
 
 def _abstract(tree: Any) -> Any:
     call, arrays = split(tree)
-    return call.merge([jax.eval_shape(jnp.asarray, x) for x in arrays])
+    shapes = [abstract(x) if is_sparse(x) else jax.eval_shape(jnp.asarray, x) for x in arrays]
+    return call.merge(shapes)

@@ -3,8 +3,8 @@
 
 A file, or a directory with `model.safetensors`, or with `model-00001-of-00003.safetensors`, ... and
 `model.safetensors.index.json` as the Hugging Face Hub lays them out. The metadata of a file have,
-under `"jaxcompress"`, the version of the schema and the tree as `_tree.py` writes it; where there
-is an index, it has them, and the digest of the header of every part.
+under `"jaxcompress"`, the version of the schema and the tree as `_files/tree.py` writes it; where
+there is an index, it has them, and the digest of the header of every part.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import pathlib
 from typing import Any
 
 from .._errors import ArtifactError
-from . import _compressed_tensors, _shards, _tree
-from ._files import new_file, new_folder
+from .._files import shards, single
+from .._files import tree as trees
+from .._files.whole import new_folder
+from . import _compressed_tensors
 
 LAYOUTS = ("jaxcompress", "compressed-tensors")
 
@@ -56,26 +58,25 @@ def save_params(
         raise ArtifactError(f"There is no layout {layout!r}. Available: {', '.join(LAYOUTS)}.")
     if max_shard_bytes < 1:
         raise ArtifactError(f"max_shard_bytes={max_shard_bytes!r}: a shard has at least one byte.")
-    config = None
-    if layout == "compressed-tensors":
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        if layout == "compressed-tensors":
             raise ArtifactError(
                 f"The layout compressed-tensors is a directory, with config.json in it; {path} is "
                 "the name of a file."
             )
+        single.save(tree, path)
+        return
+    config = None
+    if layout == "compressed-tensors":
         arrays, config, about = _compressed_tensors.encode(tree)
     else:
-        node, arrays = _tree.describe(tree)
+        node, arrays = trees.describe(tree)
         about = {"tree": node}
     about = {"layout": layout, **about}
-    if path.suffix == ".safetensors":
-        with new_file(path) as file:
-            _shards.write_file(file, arrays, about)
-        return
     _check_replaceable(path)
     try:
         with new_folder(path, "Choose another path.") as folder:
-            _shards.write_folder(folder, arrays, about, max_shard_bytes)
+            shards.write_folder(folder, arrays, about, max_shard_bytes)
             if config is not None:
                 text = json.dumps(config, indent=2) + "\n"
                 (folder / _compressed_tensors.CONFIG).write_text(text, encoding="utf-8")
@@ -114,7 +115,7 @@ def load_params(path: str | os.PathLike[str], *, like: Any = None, lazy: bool = 
       TraceState(trace={'w': Array([0., 0.], dtype=float32)})
     """
     path = pathlib.Path(path)
-    about, arrays = _shards.read(path, lazy)
+    about, arrays = shards.read(path, lazy)
     if about is None or about.get("layout") == "compressed-tensors":
         if not path.is_dir():
             raise ArtifactError(
@@ -125,7 +126,7 @@ def load_params(path: str | os.PathLike[str], *, like: Any = None, lazy: bool = 
         if like is not None:
             raise ArtifactError(f"{path} is a model of compressed-tensors, which has no `like`.")
         return _compressed_tensors.decode(path, arrays, about, lazy)
-    return _tree.rebuild(about.get("tree"), arrays, like, lazy)
+    return trees.rebuild(about.get("tree"), arrays, like, lazy)
 
 
 def _check_replaceable(path: pathlib.Path) -> None:
@@ -140,9 +141,9 @@ def _check_replaceable(path: pathlib.Path) -> None:
     own = {
         n
         for n in names
-        if _shards.NAME.fullmatch(n) or n in (_shards.INDEX, _compressed_tensors.CONFIG)
+        if shards.NAME.fullmatch(n) or n in (shards.INDEX, _compressed_tensors.CONFIG)
     }
-    if names and (own != names or not names & {_shards.INDEX, _shards.MODEL}):
+    if names and (own != names or not names & {shards.INDEX, shards.MODEL}):
         foreign = sorted(names - own) or sorted(names)
         raise ArtifactError(
             f"{path} exists and holds other things than an artifact: {', '.join(foreign[:3])}. "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._core.observe import sites, tap
 from .._core.provenance import key_path
-from .._core.qtensor import QTensor
+from .._core.qtensor import is_stored
 from .._core.staging import Call, is_array, split
 
 
@@ -19,14 +19,14 @@ class Program:
     """A function, the arrays of its parameters by name, and its inputs.
 
     Attributes:
-      named: by key path, the arrays and QTensors among the parameters. Other leaves (flags,
-        functions) are part of the program.
+      named: by key path, the arrays, QTensors and SparseTensors among the parameters. Other leaves
+        (flags, functions) are part of the program.
       inputs: the arrays among the inputs.
     """
 
     def __init__(self, fn: Callable, params: Any, inputs: tuple):
         self.fn = fn
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_stored)
         self._kept = [None if _is_weight(x) else x for _, x in leaves]
         weights = [(path, x) for path, x in leaves if _is_weight(x)]
         names = [key_path(path) for path, _ in weights]
@@ -75,15 +75,11 @@ def flat(run: Callable[..., Any]) -> tuple[Callable[..., list], list[Call]]:
     return arrays_of, kept
 
 
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-
 def _is_weight(x: Any) -> bool:
-    return _is_packed(x) or is_array(x)
+    return is_stored(x) or is_array(x)
 
 
 def _canonical(x: Any) -> Any:
-    if _is_packed(x) or isinstance(x, jax.ShapeDtypeStruct):
+    if is_stored(x) or isinstance(x, jax.ShapeDtypeStruct):
         return x
     return jnp.asarray(x)

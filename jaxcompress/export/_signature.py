@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from .._core.provenance import key_path
 from .._core.staging import is_array
 from .._errors import ArtifactError
-from . import _tree
+from .._files import tree as trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Signature:
     """Structure, paths, shapes and dtypes.
 
     Attributes:
-      tree: as `_tree.describe` writes it; arrays are their numbers, other leaves texts.
+      tree: as `trees.describe` writes it; arrays are their numbers, other leaves texts.
       arrays: (path, shape, dtype) of each array; a dimension is a number or the name of one.
     """
 
@@ -47,7 +47,7 @@ class Signature:
             return len(found) - 1
 
         numbered = jax.tree_util.tree_map_with_path(leaf, tree)
-        return cls(_tree.describe(numbered)[0], tuple(found))
+        return cls(trees.describe(numbered)[0], tuple(found))
 
     def to_data(self) -> dict[str, Any]:
         return {"tree": self.tree, "arrays": [[p, list(s), d] for p, s, d in self.arrays]}
@@ -61,7 +61,7 @@ class Signature:
         """
         try:
             arrays = tuple((str(p), tuple(s), str(d)) for p, s, d in data["arrays"])
-            tree = _tree.rebuild(data["tree"], {}, None, False)
+            tree = trees.rebuild(data["tree"], {}, None, False)
             numbers = [x for x in jax.tree.leaves(tree) if isinstance(x, int)]
             known = all(isinstance(d, int | str) for _, s, _ in arrays for d in s)
         except (KeyError, TypeError, ValueError):
@@ -94,7 +94,7 @@ class Signature:
 
     def rebuild(self, arrays: Sequence[Any]) -> Any:
         """The pytree of the arrays; nodes other than dict, list and tuple are dicts by key."""
-        tree = _tree.rebuild(self.tree, {}, None, False)
+        tree = trees.rebuild(self.tree, {}, None, False)
         return jax.tree.map(lambda i: arrays[i] if isinstance(i, int) else i, tree)
 
     def __str__(self) -> str:

@@ -25,7 +25,9 @@ import jax.export as jax_export
 
 from .._core.qtensor import nbytes
 from .._errors import ArtifactError
-from . import _sealed
+from .._files.safetensors import read_header
+from .._files.sealed import seal
+from .._files.whole import new_folder
 from ._artifact import (
     MANIFEST,
     MODEL,
@@ -37,11 +39,9 @@ from ._artifact import (
     check_replaceable,
     load,
 )
-from ._files import new_folder
 from ._packing import Packing
 from ._params import save_params
 from ._program import Program, flat
-from ._safetensors import read_header
 from ._signature import Signature
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -130,7 +130,7 @@ def stablehlo(
                 p.name: _checksum(p, files.get(p.name)) for p in sorted(folder.iterdir())
             }
             about = {"schema_version": str(SCHEMA_VERSION)}
-            (folder / MANIFEST).write_bytes(_sealed.seal("stablehlo", about, manifest))
+            (folder / MANIFEST).write_bytes(seal("stablehlo", about, manifest))
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be written: {error.strerror or error}. Nothing was changed there."

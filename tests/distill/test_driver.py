@@ -101,6 +101,43 @@ def test_numbers_of_tunix():
         np.testing.assert_allclose(loss(student, (None, labels))[0], want, rtol=1e-4)
 
 
+def test_numbers_of_tunix_for_features():
+    """tests/distillation/strategies/feature_projection_test.py: one example, alpha = 0.75."""
+    with jax.threefry_partitionable(False):
+        student, teacher = (nnx.Linear(3, n, rngs=nnx.Rngs(0)) for n in (10, 20))
+        axis = np.arange(2)
+        projection = nnx.LinearGeneral((1, 10), (1, 20), axis=axis, rngs=nnx.Rngs(0))
+        matrix = projection.kernel[...].reshape(10, 20)
+        weights = [layer.kernel[...] for layer in (student, teacher)]
+    x = jnp.array([[10.0, 11.0, 12.0]])
+    match = distill.match("*", "*", distill.fitnet(), output=True)
+    loss = distill.loss_fn(lambda w, x: x @ w, lambda w, x: x @ w, None, match=match)
+    shapes = loss.init(jax.random.key(0), weights[0], x, teacher_params=weights[1])
+    projections = jax.tree.map(lambda _: matrix, shapes)
+    features, _ = loss(weights[0], x, projections, teacher_params=weights[1])
+    hard = optax.softmax_cross_entropy(x @ weights[0], jnp.full((1, 10), 11.0)).mean()
+    np.testing.assert_allclose(0.75 * features + 0.25 * hard, 574.2112, rtol=1e-6)
+
+
+def test_the_teacher_keeps_its_own_sharding():
+    """Weights split over four devices, the student's on one: same numbers, nothing gathered."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("model",))
+
+    def over(*axes):
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    split = [over(None, "model"), over("model", None), over()]
+    spread = [jax.device_put(w, s) for w, s in zip(TEACHER, split)]
+    ours = [jax.device_put(w, over()) for w in STUDENT]
+    x = jax.device_put(X, over())
+    loss = distill.loss_fn(model, model, KL)
+    step = jax.jit(jax.value_and_grad(lambda p, t: loss(p, x, teacher_params=t)[0]))
+    want, g = value(loss, STUDENT, X, teacher_params=TEACHER)
+    same(step(ours, spread), (want[0], g))
+    text = step.lower(ours, spread).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
+
+
 def test_several_teachers_schedule_and_low_precision():
     other = layers(5, 3)
     loss = distill.loss_fn(

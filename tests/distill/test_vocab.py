@@ -133,6 +133,23 @@ def test_head_sharded_over_the_vocabulary(teacher):
     jax.tree.map(lambda a, b: close(a, b, 1e-5), got, want)
 
 
+def test_tokens_sharded_over_data_and_vmap():
+    h, w, t, v = operands(7)
+    h, t = h[:12], t[:12]
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def local(h, w, t, v):
+        return jax.lax.pmean(distill.vocab_kl(h, w, t, v, chunk=4), "data")
+
+    split, whole = P("data", None), P(None, None)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(split, whole, split, whole), out_specs=P())
+    want = jax.value_and_grad(distill.vocab_kl, (0, 1))(h, w, t, v)
+    got = jax.jit(jax.value_and_grad(sharded, (0, 1)))(h, w, t, v)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), got, want)
+    halves = jax.vmap(lambda h, t: distill.vocab_kl(h, w, t, v, chunk=4))
+    close(halves(h.reshape(2, 6, D), t.reshape(2, 6, E)).mean(), want[0])
+
+
 def test_masked_tokens_and_bf16():
     h, w, t, v = operands(5)
     bad = h.at[~MASK].set(jnp.nan)

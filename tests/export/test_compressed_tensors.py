@@ -14,7 +14,8 @@ from trees import assert_same
 
 import jaxcompress as jc
 from jaxcompress._core.qtensor import Blocks, Tiles
-from jaxcompress.export import _ct_layout, _safetensors
+from jaxcompress._files import safetensors
+from jaxcompress.export import _ct_layout
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "compressed_tensors.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN})
@@ -72,8 +73,8 @@ def test_what_we_write_is_what_the_package_writes(case, tmp_path):
     np.testing.assert_array_equal(ours(case).dequantize().T, GOLDEN[f"{case}/weight"])
     jc.save_params({"a": {"b": {"kernel": ours(case)}}}, tmp_path / "m", **LAYOUT)
     want = tensors(case)
-    header = _safetensors.read_header(tmp_path / "m/model.safetensors")
-    found = _safetensors.read(header)
+    header = safetensors.read_header(tmp_path / "m/model.safetensors")
+    found = safetensors.read(header)
     assert found.keys() == {f"a.b.{field}" for field in want}
     for field, x in want.items():
         y = found[f"a.b.{field}"]
@@ -111,8 +112,8 @@ def config(case, **changes):
 def write_foreign(folder, arrays, quantization, **config):
     """A model with no checksums and no notes of ours."""
     with open(folder / "sealed", "w+b") as file:
-        _safetensors.write(file, arrays, {})
-    header = _safetensors.read_header(folder / "sealed")
+        safetensors.write(file, arrays, {})
+    header = safetensors.read_header(folder / "sealed")
     body = (folder / "sealed").read_bytes()
     start = min((e.begin for e in header.entries.values()), default=len(body))
     entries = json.loads(body[8:start])

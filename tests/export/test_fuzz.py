@@ -27,7 +27,7 @@ from trees import assert_same
 
 import jaxcompress as jc
 from jaxcompress._cli import main
-from jaxcompress.export import _sealed
+from jaxcompress._files import sealed
 
 HOSTILE = [
     *(None, True, False, 0, -1, 1, 7, 2**31, 2**40, 2**60, 2**63, 2**64 + 1, 10**400, -(2**70)),
@@ -112,7 +112,7 @@ def write(path, header, data, seal=False):
                 begin, end = entry["data_offsets"]
                 checksums[name] = xxhash.xxh3_128_hexdigest(data[begin:end])
         metadata["xxh3_128"] = json.dumps(checksums)
-        text = _sealed.seal("__metadata__", metadata, rest, before=8)
+        text = sealed.seal("__metadata__", metadata, rest, before=8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -199,7 +199,7 @@ def attack_json(rng, path):
     elif isinstance(data.get("metadata"), dict):
         metadata = {k: v for k, v in data["metadata"].items() if k != "sha256"}
         rest = {k: v for k, v in data.items() if k != "metadata"}
-        path.write_bytes(_sealed.seal("metadata", metadata, rest))
+        path.write_bytes(sealed.seal("metadata", metadata, rest))
         return
     path.write_text(json.dumps(data))
 
@@ -285,7 +285,7 @@ def test_mutations_of_a_program(how, count, tmp_path):
                 about = data.pop("stablehlo", None)
                 about = about if isinstance(about, dict) else {}
                 about.pop("sha256", None)
-                (folder / name).write_bytes(_sealed.seal("stablehlo", about, data))
+                (folder / name).write_bytes(sealed.seal("stablehlo", about, data))
             try:
                 artifact = jc.export.load(folder)
                 assert str(artifact.report) and repr(artifact)

@@ -21,7 +21,7 @@ from trees import assert_same, stored
 
 import jaxcompress as jc
 from jaxcompress._core.qtensor import Blocks, Tiles
-from jaxcompress.export import _safetensors
+from jaxcompress._files import safetensors
 
 F = jc.formats
 FORMATS = [
@@ -148,7 +148,7 @@ def test_every_dtype(name, trip):
 def test_sub_byte_arrays_take_what_nbytes_says(tmp_path):
     tree = {"a": jnp.zeros((100, 100), jnp.int4), "b": np.zeros((64, 8), ml_dtypes.float6_e2m3fn)}
     jc.save_params(tree, tmp_path / "m.safetensors")
-    header = _safetensors.read_header(tmp_path / "m.safetensors")
+    header = safetensors.read_header(tmp_path / "m.safetensors")
     stored = sum(e.end - e.begin for e in header.entries.values())
     assert stored == jc.nbytes(tree) == 5000 + 64 * 6
 

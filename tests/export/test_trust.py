@@ -16,7 +16,7 @@ import pytest
 from trees import assert_same
 
 import jaxcompress as jc
-from jaxcompress.export import _safetensors, _sealed
+from jaxcompress._files import safetensors, sealed
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_failure_at_any_step_leaves_what_was_there(call, save, tmp_path, monke
 
     with monkeypatch.context() as patch:
         if call == "write":
-            patch.setattr(_safetensors, "write", fail)
+            patch.setattr(safetensors, "write", fail)
         elif call == "fsync":
             patch.setattr(os, "fsync", fail)
         else:
@@ -118,7 +118,7 @@ def resealed(folder, change):
     del data["metadata"]["sha256"]
     change(data)
     metadata = data.pop("metadata")
-    path.write_bytes(_sealed.seal("metadata", metadata, data))
+    path.write_bytes(sealed.seal("metadata", metadata, data))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_headers_that_lie(text, message, tmp_path):
 
 
 def test_a_description_that_is_too_large_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(_sealed, "LIMIT", 2000)
+    monkeypatch.setattr(sealed, "LIMIT", 2000)
     with pytest.raises(jc.ArtifactError, match="bytes, at most 2,000 can be read again"):
         jc.save_params({str(i): i for i in range(500)}, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -248,7 +248,7 @@ def test_versions(tmp_path):
     for version in (0, 2, "1", None, 1.5, True):
         about = json.dumps({"schema_version": version, "layout": "jaxcompress", "tree": None})
         buffer = io.BytesIO()
-        _safetensors.write(buffer, {}, {"jaxcompress": about})
+        safetensors.write(buffer, {}, {"jaxcompress": about})
         (tmp_path / "m.safetensors").write_bytes(buffer.getvalue())
         message = f"has schema version {version!r}, this jaxcompress reads 1"
         with pytest.raises(jc.ArtifactError, match=message):

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .._errors import ArtifactError
-from . import _safetensors, _sealed
-from ._files import member, read_small
+from . import safetensors
+from .sealed import LIMIT, check_seal, parse, seal
+from .whole import member, read_small
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -27,7 +28,7 @@ READABLE = (1,)  # grows: artifacts of earlier versions stay readable
 
 def write_file(file: BinaryIO, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes one file with everything."""
-    _safetensors.write(file, arrays, {"format": "pt", "jaxcompress": _text(about)})
+    safetensors.write(file, arrays, {"format": "pt", "jaxcompress": _text(about)})
 
 
 def write_folder(
@@ -52,10 +53,10 @@ def write_folder(
         name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
         with open(folder / name, "xb") as file:
             metadata = {"format": "pt", "jaxcompress": _text({"part": i + 1})}
-            digests[name] = _safetensors.write(file, part, metadata)
+            digests[name] = safetensors.write(file, part, metadata)
         weight_map |= dict.fromkeys(part, name)
     metadata = {"total_size": total, "jaxcompress": _text({**about, "files": digests})}
-    (folder / INDEX).write_bytes(_sealed.seal("metadata", metadata, {"weight_map": weight_map}))
+    (folder / INDEX).write_bytes(seal("metadata", metadata, {"weight_map": weight_map}))
 
 
 def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
@@ -63,14 +64,14 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
 
     Args:
       path: of a file or a directory.
-      lazy: as in `_safetensors.read`.
+      lazy: as in `safetensors.read`.
 
     Raises:
       ArtifactError: as `load_params`.
     """
     if not path.is_dir():
-        header = _safetensors.read_header(path)
-        return _about(header.metadata, header.checksums is not None, path), _safetensors.read(
+        header = safetensors.read_header(path)
+        return _about(header.metadata, header.checksums is not None, path), safetensors.read(
             header, lazy
         )
     if not (path / INDEX).exists():
@@ -78,9 +79,9 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
             raise ArtifactError(f"{path} has neither {MODEL} nor {INDEX}: there are no parameters.")
         return read(member(path, MODEL), lazy)
     what = member(path, INDEX)
-    text = read_small(what, _sealed.LIMIT)
-    sealed = _sealed.check_seal(text, "metadata", what)
-    index = _sealed.parse(text, what)
+    text = read_small(what, LIMIT)
+    sealed = check_seal(text, "metadata", what)
+    index = parse(text, what)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise ArtifactError(f"{what} is damaged: it has no weight_map or metadata.")
@@ -90,13 +91,13 @@ def read(path: pathlib.Path, lazy: bool) -> tuple[dict[str, Any] | None, dict[st
         raise ArtifactError(f"{what} is damaged: it has no checksums of files.")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        header = _safetensors.read_header(member(path, name))
+        header = safetensors.read_header(member(path, name))
         if about is not None and digests.get(name) != header.digest:
             raise ArtifactError(f"{path / name} is not the file that {INDEX} was written with.")
         expected = {array for array, file in weight_map.items() if file == name}
         if header.entries.keys() != expected:
             raise ArtifactError(f"{path / name} does not hold the arrays that {INDEX} says.")
-        arrays |= _safetensors.read(header, lazy)
+        arrays |= safetensors.read(header, lazy)
     return about, arrays
 
 
@@ -111,7 +112,7 @@ def _about(metadata: Mapping[str, Any], sealed: bool, what: pathlib.Path) -> dic
         return None
     if not sealed or not isinstance(text, str):
         raise ArtifactError(f"{what} is damaged: its header has lost its checksum.")
-    about = _sealed.parse(text, what)
+    about = parse(text, what)
     version = about.get("schema_version")
     if type(version) is not int or version not in READABLE:
         raise ArtifactError(

@@ -3,7 +3,7 @@
 
     {"__metadata__": {name: text}, name: {"dtype": ..., "shape": ..., "data_offsets": [a, b]}}
 
-Every reader of the format reads them. Beyond it the header is sealed (`_sealed.py`) and its
+Every reader of the format reads them. Beyond it the header is sealed (`sealed.py`) and its
 metadata have, under `"xxh3_128"`, the hash of that name of each array, so that headers are checked
 before they are parsed and arrays before they are used. SHA-256 and CRC-32 would take a large part
 of the time that writing does. The header is filled up with blanks so that data begin at a multiple
@@ -31,8 +31,8 @@ import numpy as np
 import xxhash
 
 from .._errors import ArtifactError
-from . import _sealed
-from ._files import read_exactly, reading
+from .sealed import LIMIT, check_seal, parse, seal
+from .whole import read_exactly, reading
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -108,7 +108,7 @@ def write(file: BinaryIO, arrays: Mapping[str, Any], metadata: Mapping[str, str]
 
     def header(checksums: list[str]) -> bytes:
         texts = dict(metadata) | {"xxh3_128": json.dumps(dict(zip(order, checksums)))}
-        return _sealed.seal(_METADATA, texts, rest, before=8)
+        return seal(_METADATA, texts, rest, before=8)
 
     length = len(header(["0" * 32] * len(order)))
     file.seek(8 + length)
@@ -137,14 +137,14 @@ def read_header(path: pathlib.Path) -> Header:
         if size < 8:
             raise ArtifactError(f"{path} is no safetensors file: it has only {size} bytes.")
         (length,) = struct.unpack("<Q", read_exactly(file, bytearray(8), path))
-        if length > min(_sealed.LIMIT, size - 8):
+        if length > min(LIMIT, size - 8):
             raise ArtifactError(
                 f"{path} is damaged or no safetensors file: its header has {length:,} bytes, the "
-                f"file {size:,}, and at most {_sealed.LIMIT:,} are expected of a header."
+                f"file {size:,}, and at most {LIMIT:,} are expected of a header."
             )
         text = bytes(read_exactly(file, bytearray(length), path))
-    sealed = _sealed.check_seal(text, _METADATA, path)
-    data = _sealed.parse(text, path)
+    sealed = check_seal(text, _METADATA, path)
+    data = parse(text, path)
     metadata = data.pop(_METADATA, {})
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not texts:
@@ -162,7 +162,7 @@ def read_header(path: pathlib.Path) -> Header:
         )
     checksums = None
     if sealed:
-        checksums = _sealed.parse(metadata.get("xxh3_128", ""), path)
+        checksums = parse(metadata.get("xxh3_128", ""), path)
         if checksums.keys() != entries.keys():
             raise ArtifactError(f"{path} is damaged: not every array has a checksum.")
     return Header(path, entries, metadata, checksums, hashlib.sha256(text).hexdigest())

@@ -6,6 +6,7 @@
     {"list": [node, ...]}, {"tuple": ...}
     {"node": type, "children": [[key, node], ...]}    any other pytree node
     {"qtensor": {"format", "dtype", "axis", "unused", "blocks", "packed", ...}}
+    {"sparse": {"shape", "pattern", "axis", "values": node, "index": node}}
     {"jax": name}, {"numpy": name}, {"scalar": name}  arrays, and numbers of NumPy
     {"key": name, "impl": name}                       typed PRNG keys
     {"value": 3}, {"float": "0x1.8p+0"}, {"complex": [re, im]}    numbers and texts of Python
@@ -16,8 +17,9 @@ as bytes; below eight bits a value they are packed as `formats.pack` does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,11 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from .._core.qtensor import QTensor
+from .._core.qtensor import QTensor, Stored
+from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
-from .._quantize.params import QuantParams
-from . import _bits, _qtensor
-from ._safetensors import NAMES
+from . import bits, qtensor, sparse
+from .safetensors import NAMES
 
 # Stored packed, so many bits a value.
 _PACKED = {
@@ -52,7 +54,14 @@ _BYTES = {  # stored as bytes
         ml_dtypes.float8_e5m2fnuz,
     )
 }
-_OWN = {"jaxcompress.QuantParams": QuantParams}
+_Type = TypeVar("_Type", bound=type)
+_OWN: dict[str, type] = {}  # filled by `own` when the library is imported
+
+
+def own(kind: _Type) -> _Type:
+    """Makes a registered dataclass of this library one that is built without `like`."""
+    _OWN[f"jaxcompress.{kind.__name__}"] = kind
+    return kind
 
 
 def describe(tree: Any) -> tuple[Any, dict[str, Any]]:
@@ -78,10 +87,14 @@ class _Describe:
         if x is None:
             return None
         if isinstance(x, QTensor):
-            data = _qtensor.to_data(x, _name(path))
-            leaves = {n: getattr(x, n) for n in _qtensor.LEAVES}
+            data = qtensor.to_data(x, _name(path))
+            leaves = {n: getattr(x, n) for n in qtensor.LEAVES}
             leaves = {n: None if a is None else self.leaf(a, path, n) for n, a in leaves.items()}
             return {"qtensor": data | leaves}
+        if isinstance(x, SparseTensor):
+            values = self.node(x.values, (*path, "values"))
+            leaves = {"values": values, "index": self.leaf(x.index, path, "index")}
+            return {"sparse": sparse.to_data(x) | leaves}
         if type(x) is dict:
             return {"dict": [[_key(k, path), self.node(v, (*path, k))] for k, v in x.items()]}
         if type(x) in (list, tuple):
@@ -126,7 +139,7 @@ class _Describe:
             return {kind: self.store(x, path, field)}
         if dtype.name in _PACKED:
             codes = np.ascontiguousarray(np.atleast_1d(np.asarray(x))).view(np.uint8)
-            data = _bits.pack(codes, _PACKED[dtype.name])
+            data = bits.pack(codes, _PACKED[dtype.name])
         elif dtype.name in _BYTES and dtype.isnative:
             data = np.ascontiguousarray(x).reshape(*x.shape, 1).view(np.uint8)
         else:
@@ -203,8 +216,12 @@ class _Rebuild:
             case {"node": str(kind), "children": list(pairs), **rest} if not rest:
                 return _Node(kind, self.pairs(pairs, path))
             case {"qtensor": dict(fields), **rest} if not rest:
-                leaves = {n: self.node(fields.pop(n, None), path) for n in _qtensor.LEAVES}
-                return _qtensor.from_data(fields, leaves, _name(path))
+                leaves = {n: self.node(fields.pop(n, None), path) for n in qtensor.LEAVES}
+                return qtensor.from_data(fields, leaves, _name(path))
+            case {"sparse": dict(fields), **rest} if not rest:
+                values = self.node(fields.pop("values", None), (*path, "values"))
+                index = self.node(fields.pop("index", None), path)
+                return sparse.from_data(fields, values, index, _name(path))
             case {"value": bool() | int() | str() as value, **rest} if not rest:
                 return value
             case {"float": str(text), **rest} if not rest:
@@ -259,9 +276,9 @@ def _public(tree: Any) -> Any:
     match tree:
         case _Node():
             children = {k: _public(v) for k, v in tree.children.items()}
-            own = _OWN.get(tree.kind)
-            if own is not None and children.keys() == {"weights", "learned", "statistics"}:
-                return own(**children)
+            ours = _OWN.get(tree.kind)
+            if ours is not None and children.keys() == {f.name for f in dataclasses.fields(ours)}:
+                return ours(**children)
             return children
         case dict():
             return {k: _public(v) for k, v in tree.items()}
@@ -276,7 +293,7 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
         if tree is like:
             return None
         raise _unlike(tree, like, path)
-    pairs = None if isinstance(like, QTensor) else children_of(like)
+    pairs = None if isinstance(like, Stored) else children_of(like)
     if pairs is None:
         if isinstance(tree, _Node | dict | list | tuple):
             raise _unlike(tree, like, path)
@@ -286,6 +303,8 @@ def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
                 raise ArtifactError(
                     f"`{_name(path)}` has the {what} {have} in the file and {want} in `like`."
                 )
+        if isinstance(like, SparseTensor) and getattr(tree, "pattern", None) != like.pattern:
+            raise _unlike(tree, like, path)
         if isinstance(like, QTensor) and getattr(tree, "format", None) != like.format:
             raise _unlike(tree, like, path)
         return tree
@@ -329,13 +348,13 @@ def _from_bytes(x: np.ndarray, name: Any, shape: Any, path: tuple[Any, ...]) -> 
         return np.ascontiguousarray(x).view(_BYTES[name]).reshape(shape)
     if name not in _PACKED:
         raise _wrong(path)
-    bits = _PACKED[name]
+    width = _PACKED[name]
     *rows, last = shape or [1]
-    if x.shape != (*rows, -(-last * bits // 8)):
+    if x.shape != (*rows, -(-last * width // 8)):
         raise _wrong(path)
-    codes = np.ascontiguousarray(_bits.unpack(x, bits, last))
+    codes = np.ascontiguousarray(bits.unpack(x, width, last))
     if name.startswith("int"):
-        codes = _bits.signed(codes, bits)
+        codes = bits.signed(codes, width)
     return codes.view(getattr(ml_dtypes, name)).reshape(shape)
 
 
@@ -372,6 +391,8 @@ def _wrong(path: tuple[Any, ...]) -> ArtifactError:
 
 def _unlike(tree: Any, like: Any, path: tuple[Any, ...]) -> ArtifactError:
     def what(x: Any) -> str:
+        if isinstance(x, SparseTensor):
+            return "SparseTensor"
         if isinstance(x, QTensor):
             return f"QTensor of {x.format.name}"
         kind = x.kind if isinstance(x, _Node) else type(x).__name__

@@ -5,6 +5,7 @@ from . import distill as distill
 from . import export as export
 from . import formats as formats
 from . import prune as prune
+from ._calibration.stream import Inputs as Inputs
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
 from ._core.packed import with_qtensors as with_qtensors
@@ -19,7 +20,6 @@ from ._errors import RecipeError as RecipeError
 from ._errors import SiteError as SiteError
 from ._quantize import recipes as recipes
 from ._quantize.aware import quantize_aware as quantize_aware
-from ._quantize.calibrate import Inputs as Inputs
 from ._quantize.calibrate import calibrate as calibrate
 from ._quantize.granularity import Granularity as Granularity
 from ._quantize.granularity import per_block as per_block

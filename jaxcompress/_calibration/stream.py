@@ -205,7 +205,7 @@ def collect(
     state: Any = None
     learned = {} if layer is None else {name: {"layer": jnp.int32(layer)} for name in wanted}
     number = 0
-    for number, batch in enumerate(batches):  # noqa: B007
+    for number, batch in enumerate(batches):
         args, kwargs = (params, *batch.args), batch.kwargs
         check_arrays((batch.args, kwargs), number)
         if state is None:

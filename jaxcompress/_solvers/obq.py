@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,23 @@ _SMALL = 8  # inputs whose errors are pushed on one by one
 _LONG, _MOST = 256, 4  # inputs of the longest chunks, at least, and how many of these there are
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which weights become zero, chosen as the loop goes. Hashable.
+class Selection(Protocol):
+    """Which weights become zero, chosen as the loop goes. Hashable."""
 
-    Attributes:
-        size: inputs that are chosen from together.
-        choose: from their weights as they are now, float32[size, out], the diagonal of U there,
-            float32[size, 1], and the number of the first one to the mask, True = kept.
-    """
+    @property
+    def size(self) -> int:
+        """How many inputs are chosen from together."""
+        ...
 
-    size: int
-    choose: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    def choose(self, w: jax.Array, diagonal: jax.Array, start: jax.Array) -> jax.Array:
+        """Returns the mask of the weights of these inputs, True where they stay.
+
+        Args:
+            w: float32[size, out], as they are now.
+            diagonal: of U there, float32[size, 1].
+            start: number of the first input.
+        """
+        ...
 
 
 class Solution(NamedTuple):
@@ -102,7 +107,7 @@ def solve(
     """
     n = w.shape[0]
     found = group_size if rounder is not None and scales is None else None
-    sizes = _sizes(n, block, [s for s in (found, selection and selection.size) if s])
+    sizes = _sizes(n, block, [s for s in (found, 0 if selection is None else selection.size) if s])
     loop = _Loop(rounder, found, shared, selection)
     w, mask = filled(w, sizes[0]), None if mask is None else filled(mask, sizes[0])
     gap = w.shape[0] - n

@@ -87,7 +87,7 @@ def finite(a: jax.Array, what: str) -> None:
         )
 
 
-def second_moments(h: jax.Array, what: str) -> None:
+def second_moments(h: jax.Array) -> None:
     """Raises SiteError if a concrete sum of x xᵀ, [*lead, in, in], is one of no tokens.
 
     Raises:
@@ -98,13 +98,13 @@ def second_moments(h: jax.Array, what: str) -> None:
     diagonal = np.diagonal(np.asarray(h), axis1=-2, axis2=-1)
     if (diagonal < 0).any():
         raise FormatError(
-            f"The {what} has negative numbers on its diagonal, which are sums of squares."
+            "The hessian has negative numbers on its diagonal, which should be sums of squares."
         )
     empty = ~diagonal.any(axis=-1)
     if empty.any():
         where = [tuple(int(i) for i in index) for index in np.argwhere(empty)]
         of = f" of {where[:5]}, {len(where)} of {empty.size}," if empty.ndim else ""
         raise SiteError(
-            f"The {what}{of} is zero: no token came there, or only zeros. Calibrate with more or "
+            f"The hessian{of} is zero: no token came there, or only zeros. Calibrate with more or "
             "other batches, or round to nearest there."
         )

@@ -67,8 +67,8 @@ def inverse_cholesky(hessian: Any, *, damping: float = 0.01, precision: str = "f
     h = jnp.asarray(hessian)
     if h.ndim < 2 or h.shape[-1] != h.shape[-2]:
         raise FormatError(f"A Hessian is [*lead, in, in], got {list(h.shape)}.")
-    checks.finite(h, "Hessian")
-    checks.second_moments(h, "Hessian")
+    checks.finite(h, "hessian")
+    checks.second_moments(h)
     if not damping >= 0:
         raise FormatError(f"damping={damping!r}: expected a fraction of the mean, at least 0.")
     if precision == "float64":
@@ -131,7 +131,7 @@ def _one_on_host(h: np.ndarray, damping: float) -> tuple[np.ndarray, float, np.n
     while damping <= _LARGEST:
         try:
             low = np.linalg.cholesky(h[::-1, ::-1] + damping * mean * np.eye(len(h)))
-            return np.linalg.inv(low)[::-1, ::-1], damping, dead
+            return np.tril(np.linalg.inv(low))[::-1, ::-1], damping, dead
         except np.linalg.LinAlgError:
             damping = max(damping * _RAISED, _SMALLEST)
     return h, damping, dead

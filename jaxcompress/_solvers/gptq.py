@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from ..formats import Format
 from . import checks, obq
 from .cholesky import inverse_cholesky
-from .lead import over_lead
-from .rounder import Rounder, groups_of, outputs_first, rounder_of, table
+from .lead import over_lead, over_outputs
+from .rounder import Rounder, groups_of, rounder_of, table
 
 
 class GPTQResult(NamedTuple):
@@ -102,8 +102,10 @@ def gptq(
         checks.scales(scales, w, groups)
     order = _order(h) if act_order else None
     factor = inverse_cholesky(_ordered(h, order), damping=damping, precision=precision)
-    done = _solve(w, factor.u, factor.dead, mask, scales, order, rounder, group_size, static, block)
-    return GPTQResult(*done[:-1], factor.damping, done[-1])
+    codes, found, w_q, loss, group = _solve(
+        w, factor.u, factor.dead, mask, scales, order, rounder, group_size, static, block
+    )
+    return GPTQResult(codes, found, w_q, loss, factor.damping, group)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
@@ -112,30 +114,33 @@ def _solve(
     rounder: Rounder, group_size: int | None, static: bool, block: int,
 ) -> tuple:  # fmt: skip
     """Returns (codes, scales, w_q, loss, group)."""
+    group = jnp.arange(w.shape[-1]) // (group_size or w.shape[-1])
 
-    def one(w: jax.Array, u: jax.Array, dead: jax.Array, mask: Any, scales: Any, order: Any):
-        w, mask = w.T, None if mask is None else mask.T
+    def one(w, u, dead, mask, scales, order) -> tuple:
         back = None if order is None else jnp.argsort(order)
-        gone = dead if back is None else dead[back]
-        w = jnp.where(gone[:, None], 0, w)
-        if mask is not None:
-            w = jnp.where(mask, w, 0)
-        scales = outputs_first(scales)
-        if scales is None and static:
-            scales = table(w, rounder, group_size)
-        group = jnp.arange(w.shape[0]) // (group_size or w.shape[0])
-        if order is not None:
-            w, mask = w[order], None if mask is None else mask[order]
-            group = group[order] if static else group
-        done = obq.solve(
-            w, u, rounder=rounder, scales=scales, group=group, group_size=group_size,
-            mask=mask, block=block,
-        )  # fmt: skip
-        codes, values = done.codes, done.values
-        assert codes is not None
-        if back is not None:
-            codes, values, group = codes[back], values[back], group[back]
-        return codes.T, outputs_first(done.scales), values.T, done.errors, group
+        dead = dead if back is None else dead[back]
+        own = group[order] if order is not None and static else group
+
+        def panel(w: jax.Array, mask: Any, scales: Any) -> tuple:
+            w, mask, scales = jax.tree.map(jnp.transpose, (w, mask, scales))
+            w = obq.kept(jnp.where(dead[:, None], 0, w), mask)
+            if scales is None and static:
+                scales = table(w, rounder, group_size, shared)
+            if order is not None:
+                w, mask = w[order], None if mask is None else mask[order]
+            done = obq.solve(
+                w, u, rounder=rounder, scales=scales, shared=shared, group=own,
+                group_size=group_size, mask=mask, block=block,
+            )  # fmt: skip
+            codes, values = done.codes, done.values
+            assert codes is not None
+            if back is not None:
+                codes, values = codes[back], values[back]
+            return *jax.tree.map(jnp.transpose, (codes, done.scales, values)), done.loss
+
+        shared = rounder.shared(obq.kept(jnp.where(dead[None], 0, w), mask).T)
+        done = over_outputs(panel, rounder.coupled)(w, mask, scales)
+        return *done, own if back is None else own[back]
 
     return over_lead(one, w.ndim - 2)(w, u, dead, mask, scales, order)
 

@@ -182,20 +182,24 @@ def round_to(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _find(w: jax.Array, rounder: Rounder, group_size: int | None) -> Any:
-    return over_lead(lambda w: outputs_first(table(w.T, rounder, group_size)), w.ndim - 2)(w)
+    def one(w: jax.Array) -> Any:
+        return outputs_first(table(w.T, rounder, group_size, rounder.shared(w.T)))
+
+    return over_lead(one, w.ndim - 2)(w)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _round(w: jax.Array, scales: Any, rounder: Rounder, group_size: int | None) -> Any:
     def one(w: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array]:
-        return tuple(a.T for a in nearest(w.T, outputs_first(scales), rounder, group_size))
+        codes, values = nearest(w.T, outputs_first(scales), rounder, group_size)
+        return codes.T, values.T
 
     return over_lead(one, w.ndim - 2)(w, scales)
 
 
-def table(w: jax.Array, rounder: Rounder, group_size: int | None) -> Any:
+def table(w: jax.Array, rounder: Rounder, group_size: int | None, shared: Any) -> Any:
     """Returns the scales of w, float32[in, out], leaves [groups, out]."""
-    shared, size = rounder.shared(w), group_size or w.shape[0]
+    size = group_size or w.shape[0]
     groups = filled(w, size).reshape(-1, size, w.shape[1])
     if groups.shape[0] == 1:
         return rounder.find(groups[0], shared)

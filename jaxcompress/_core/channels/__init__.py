@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which indices of which arrays belong together, and what may be scaled, read off the jaxpr."""
+
+from .pairs import Member as Member
+from .pairs import ScalePair as ScalePair
+from .pairs import ScalePairs as ScalePairs
+from .pairs import Use as Use
+from .pairs import scale_pairs as scale_pairs

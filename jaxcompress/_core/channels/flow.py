@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _compat
 from ..analyze import CALLS
-from .terms import Dims, Prod, Term, cat, cut, factor, fresh, pin, pinned, prod, unify
+from .terms import ONE, Dims, Prod, Term, cat, cut, factor, fresh, pin, pinned, prod, unify
 
 if TYPE_CHECKING:
     from .graph import Node, Walk
@@ -63,6 +63,20 @@ def _split(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]
     d, dims = eqn.params["axis"], ins[0]
     parts = cut(dims[d], [int(s) for s in eqn.params["sizes"]])
     return [(*dims[:d], t, *dims[d + 1 :]) for t in parts]
+
+
+def _stack(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:
+    from .graph import equate
+
+    equate(ins[1:], ins[:1] * (len(ins) - 1))
+    d = eqn.params["axis"] % (len(ins[0]) + 1)
+    return [(*ins[0][:d], cat([ONE] * len(ins)), *ins[0][d:])]
+
+
+def _unstack(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:
+    d, dims = eqn.params["axis"] % len(ins[0]), ins[0]
+    cut(dims[d], [1] * dims[d].size)
+    return [(*dims[:d], *dims[d + 1 :])] * len(eqn.outvars)
 
 
 def _pad(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:
@@ -192,6 +206,8 @@ RULES: dict[str, Callable[..., list[Dims]]] = {
     "concatenate": _concatenate,
     "slice": _slice,
     "split": _split,
+    "stack": _stack,
+    "unstack": _unstack,
     "pad": _pad,
     "conv_general_dilated": _conv,
 }

@@ -399,7 +399,7 @@ class _Finder:
         mine = [x for d, c in zip(axes, cell) for x in self.graph.blocks(dims[d])[c].leaves]
         layers = [x for x in map(find, n.layers) if isinstance(x, Leaf)]
         why = "no parameter produces these channels"
-        if any(x.pin == "an input" for x in mine):
+        if any(x.pin == "an input" for d in axes for x in leaves(dims[d])):
             why = "no scale passes an input of the function"
         if len(set(mine)) < len(mine):
             return None, None, "its input has one axis twice"

@@ -283,13 +283,6 @@ def _scatter(eqn: Any, known: Callable) -> Rule:
     return Rule([operand, index, far], [operand], law, pins, carry=(0, 2))
 
 
-def _stack(eqn: Any, known: Callable) -> Rule:
-    full = list(range(eqn.outvars[0].aval.ndim))
-    d = eqn.params["axis"] % len(full)
-    ins = [[k for k in full if k != d]] * len(eqn.invars)
-    return Rule(ins, [full], "equal", {d: "stack"})
-
-
 # ------------------------------------------------------------------ everything else
 
 
@@ -326,7 +319,6 @@ _TABLE: dict[str, Callable[[Any, Callable], Rule | None]] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     **dict.fromkeys(SCATTER, _scatter),
-    "stack": _stack,
     **dict.fromkeys(KEYS, _keys),
     "random_bits": _random_bits,
     "optimization_barrier": _one_by_one,

@@ -24,7 +24,7 @@ from .flow import conv_view
 from .forms import Form, Solved, add
 from .graph import Graph, Node
 from .rules import MOVES, rule
-from .terms import Dims, Leaf, find, leaves
+from .terms import ONE, Dims, Leaf, find, leaves
 
 Slot = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 """A block in each dimension, and for each leaf of the space (dimension, place in that block)."""
@@ -163,6 +163,13 @@ class Scaling:
             return [E] if ok else None
         if name in ("concatenate", "pad", "slice", "split"):
             return self.parts(eqn, Es, ins, outs, space)
+        if name in ("stack", "unstack"):  # concatenate and split pieces with an axis of size 1
+            axis = eqn.params["axis"] % max(len(d) for d in (*ins, *outs))
+            if name == "stack":
+                Es, ins = [_wider(E, axis) for E in Es], [_with_one(d, axis) for d in ins]
+                return self.parts(eqn, Es, ins, outs, space)
+            found = self.parts(eqn, Es, ins, [_with_one(d, axis) for d in outs], space)
+            return found and [_narrower(E, axis) for E in found]
         if name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1:
             return self.conv(eqn, Es, ins, outs, space)
         found = rule(eqn, n.known)
@@ -280,11 +287,11 @@ class Scaling:
     ) -> list[Exponents] | None:
         """Concatenate, pad, slice, split: blocks of the parts are blocks of the whole."""
         name, p = eqn.primitive.name, eqn.params
-        joins = name in ("concatenate", "pad")
+        joins = name in ("concatenate", "pad", "stack")
         pieces, whole = (ins, outs[0]) if joins else (outs, ins[0])
         if name == "slice" and any(s != 1 for s in p["strides"] or ()):
             return None
-        axis = p.get("dimension", p.get("axis"))
+        axis = p.get("dimension", p.get("axis", 0)) % len(whole)
         if name == "slice":
             starts = [list(p["start_indices"])]
         elif name == "pad":
@@ -440,6 +447,26 @@ class Scaling:
 
 def _times(E: Exponents, m: Any) -> Exponents:
     return E and {k: {s: x * m for s, x in f.items() if m} for k, f in E.items()}
+
+
+def _with_one(dims: Dims, axis: int) -> Dims:
+    return (*dims[:axis], ONE, *dims[axis:])
+
+
+def _wider(E: Exponents, axis: int) -> Exponents:
+    """Exponents of an array that got an axis of size 1."""
+    return E and {
+        ((*cell[:axis], 0, *cell[axis:]), tuple((d + (d >= axis), k) for d, k in slot)): f
+        for (cell, slot), f in E.items()
+    }
+
+
+def _narrower(E: Exponents, axis: int) -> Exponents:
+    """Exponents of an array that lost an axis of size 1."""
+    return E and {
+        ((*cell[:axis], *cell[axis + 1 :]), tuple((d - (d > axis), k) for d, k in slot)): f
+        for (cell, slot), f in E.items()
+    }
 
 
 def _where(eqn: Any) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which indices of which arrays belong together, and what may be scaled, read off the jaxpr."""
 
+from .norms import FoldedNorm as FoldedNorm
+from .norms import fold_norm as fold_norm
 from .pairs import Member as Member
 from .pairs import ScalePair as ScalePair
 from .pairs import ScalePairs as ScalePairs

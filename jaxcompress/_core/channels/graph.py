@@ -28,7 +28,7 @@ class Node:
     """One call of one jaxpr.
 
     Attributes:
-      jaxpr: the jaxpr.
+      jaxpr, consts: the jaxpr and its constants.
       plan: its sites.
       layers: axes of the scans that this body runs under, outermost first.
       mesh: axes of the mesh by name, inside shard_map.
@@ -39,6 +39,7 @@ class Node:
     """
 
     jaxpr: Any
+    consts: Sequence
     plan: Plan
     layers: tuple[Term, ...]
     mesh: Mapping[str, Term]
@@ -88,7 +89,7 @@ class Walk:
         mesh: Mapping[str, Term] | None = None,
     ) -> tuple[Node, list[Dims]]:
         """The node of a jaxpr whose inputs have these terms, and the terms of its results."""
-        n = Node(jaxpr, plan, layers, mesh or {})
+        n = Node(jaxpr, consts, plan, layers, mesh or {})
         self.nodes.append(n)
         n.dims.update(zip(jaxpr.invars, map(tuple, ins), strict=True))
         n.values.update({v: x for v, x in zip(jaxpr.invars, values) if x is not None})

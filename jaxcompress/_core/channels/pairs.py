@@ -16,14 +16,13 @@ import numpy as np
 
 from ..._errors import SiteError
 from .. import _compat
-from ..arguments import ArgNums, positions
+from ..arguments import ArgNums
 from ..patterns import nearest
-from ..qtensor import is_qtensor
 from ..sites import Site
-from ..staging import split
 from ..tabular import Tabular
 from .forms import Form
 from .graph import Graph, Node, channel_graph
+from .params import ParamTree, param_tree
 from .scaling import OWN, Scaling, Space
 from .terms import Dims, Leaf, find, leaves
 
@@ -149,7 +148,7 @@ class ScalePair:
     producers: tuple[Member, ...]
     consumers: tuple[Member, ...]
     uses: tuple[Use, ...]
-    tree: _Tree = dataclasses.field(repr=False)
+    tree: ParamTree = dataclasses.field(repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -172,50 +171,6 @@ class ScalePair:
         return {m: m.absmax(jnp.asarray(flat[m.number]), self.shape) for m in members}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tree:
-    """How the parameters are found in what stands at argnums."""
-
-    order: tuple[int, ...] | None  # of several arguments, their order in the call
-    paths: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    def split(self, params: Any) -> tuple[Any, list]:
-        whole = params
-        if self.order is not None:
-            whole = tuple(params[k] for k in self.order)
-        call, flat = split(whole)
-        found = [tuple(jnp.shape(x)) for x in flat]
-        if found != list(self.shapes):
-            raise SiteError(
-                f"these are not the parameters of the analysis: expected {len(self.shapes)} arrays "
-                f"{_abbreviated(self.shapes)}, found {len(found)} {_abbreviated(found)}. Give what "
-                "stands at argnums, a tuple if argnums is several."
-            )
-        for path, x in zip(self.paths, flat):
-            if is_qtensor(x):
-                raise SiteError(
-                    f"`{path}` is a QTensor, which cannot be scaled exactly. Scale the float "
-                    "parameters, then quantize."
-                )
-        return call, flat
-
-    def arrays(self, params: Any) -> list:
-        """The parameters by number."""
-        return self.split(params)[1]
-
-    def merge(self, call: Any, flat: list) -> Any:
-        whole = call.merge(flat)
-        if self.order is None:
-            return whole
-        back = dict(zip(self.order, whole))
-        return tuple(back[k] for k in range(len(whole)))
-
-
-def _abbreviated(shapes: Sequence) -> str:
-    return f"[{', '.join(str(list(s)) for s in shapes[:3])}{', ...' if len(shapes) > 3 else ''}]"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalePairs(Tabular):
     """The scale pairs of a function; prints as a table.
@@ -229,7 +184,7 @@ class ScalePairs(Tabular):
     pairs: tuple[ScalePair, ...]
     sites: tuple[str, ...]
     blocked: Mapping[str, str]
-    tree: _Tree = dataclasses.field(repr=False)
+    tree: ParamTree = dataclasses.field(repr=False)
 
     def of(self, site: str) -> tuple[ScalePair, ...]:
         """The pairs that scale input channels of a site.
@@ -277,7 +232,7 @@ def _shown(m: Member) -> str:
     return f"{m.path}:{','.join(map(str, m.axes))}{power}"
 
 
-def _apply(tree: _Tree, params: Any, scales: Mapping[ScalePair, Any]) -> Any:
+def _apply(tree: ParamTree, params: Any, scales: Mapping[ScalePair, Any]) -> Any:
     call, flat = tree.split(params)
     flat = [jnp.asarray(x) for x in flat]
     for pair, s in scales.items():
@@ -316,32 +271,26 @@ def scale_pairs(fn: Callable, argnums: ArgNums = 0) -> Callable[..., ScalePairs]
       A function of the arguments of `fn` (`jax.ShapeDtypeStruct`s will do) that returns
       `ScalePairs`. Nothing is computed.
 
-    >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 4))}
+    >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.ones((1, 8)), "down": jnp.ones((8, 4))}
     >>> fn = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
     >>> found = scale_pairs(fn)(params, jnp.ones((2, 4)))
     >>> [(pair.name, pair.shape) for pair in found.pairs], dict(found.blocked)
     ([('up | down', (8,))], {'up': 'no scale passes an input of the function'})
     >>> new = found.apply(params, {found.pairs[0]: jnp.full(8, 2.0)})
-    >>> float(new["up"][0, 0]), float(new["bias"][0]), float(new["down"][0, 0])
+    >>> float(new["up"][0, 0]), float(new["bias"][0, 0]), float(new["down"][0, 0])
     (0.5, 0.5, 2.0)
     """
 
     def find_pairs(*args: Any, **kwargs: Any) -> ScalePairs:
         graph = channel_graph(fn, argnums, args, kwargs)
-        asked = positions(argnums)
-        order = None
-        if not isinstance(argnums, (int, str)):
-            # Parameters are numbered as the arguments of the call are: by position, then by name.
-            place = [(0, n % len(args), "") if isinstance(n, int) else (1, 0, n) for n in asked]
-            order = tuple(sorted(range(len(asked)), key=place.__getitem__))
-        tree = _Tree(order, tuple(graph.paths), tuple(graph.shapes))
+        tree = param_tree(graph, fn, argnums, args, kwargs)
         return _Finder(graph, tree).all()
 
     return find_pairs
 
 
 class _Finder:
-    def __init__(self, graph: Graph, tree: _Tree):
+    def __init__(self, graph: Graph, tree: ParamTree):
         self.graph, self.tree = graph, tree
         self.scalings: dict[frozenset, Scaling] = {}
         self.holders: dict[Leaf, set[int]] = collections.defaultdict(set)
@@ -474,7 +423,7 @@ class _Finder:
         members.sort(key=lambda m: m.number)
         producers = tuple(m for m in members if m.exponent < 0)
         consumers = tuple(m for m in members if m.exponent > 0)
-        rank = {m: len(self.graph.shapes[m.number]) for m in members}
+        rank = {m: math.prod(self.graph.shapes[m.number]) for m in members}
         sides = [max(ms, key=rank.__getitem__).path for ms in (producers, consumers) if ms]
         name = " | ".join(sides)
         names[name] += 1

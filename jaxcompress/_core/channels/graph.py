@@ -196,6 +196,8 @@ class Graph:
       paths, shapes, dims: key path, shape and terms of every parameter, by number.
       inputs: for every input of the jaxpr, the number of the parameter that it is, or None.
       sites: all sites, each once.
+      memo: blocks of terms.
+      held: leaves of every input of the jaxpr.
     """
 
     traced: Traced
@@ -207,6 +209,7 @@ class Graph:
     inputs: list[int | None]
     sites: tuple[Site, ...]
     memo: dict[int, list[Block]] = dataclasses.field(default_factory=dict)
+    held: dict[Any, frozenset[Leaf]] = dataclasses.field(default_factory=dict)
 
     def blocks(self, t: Term) -> list[Block]:
         """The blocks of a term, remembered: nothing is bound any more."""
@@ -255,6 +258,8 @@ def channel_graph(fn: Callable, argnums: ArgNums, args: tuple, kwargs: dict) -> 
     paths = [path for path, _ in named]
     graph = Graph(traced, node, walk.nodes, paths, shapes, dims, inputs, traced.sites)
     _index(graph, node)
+    for v in node.jaxpr.invars:
+        graph.held[v] = frozenset(x for t in node.dims[v] for x in leaves(t))
     return graph
 
 

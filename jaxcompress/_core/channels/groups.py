@@ -43,9 +43,8 @@ class GroupMember:
         return places.reshape(size, -1)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.axis}" + (
-            "" if self.whole else f"[{self.offset}::{self.stride}]"
-        )
+        place = "" if self.whole else f"[{self.offset}::{self.stride}]"
+        return f"{self.path}:{self.axis}{place}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +109,8 @@ def _layers(graph: Graph) -> dict[Leaf, Leaf]:
     Every array with the leaf must live in that scan or be stacked along it.
     """
     axes = _scans(graph)
+    if not axes:
+        return {}
     common: dict[Leaf, set[Leaf]] = {}
     held: dict[tuple, frozenset[Leaf]] = {}
     for n in graph.nodes:

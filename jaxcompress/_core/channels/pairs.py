@@ -295,6 +295,7 @@ class _Finder:
         self.scalings: dict[frozenset, Scaling] = {}
         self.holders: dict[Leaf, set[int]] = collections.defaultdict(set)
         self.held: list[set[Leaf]] = []
+        self.axes = {x for n in graph.nodes for x in map(find, n.layers)}
         for number, dims in enumerate(graph.dims):
             self.held.append({x for t in dims for x in leaves(t)})
             for x in self.held[-1]:
@@ -403,13 +404,17 @@ class _Finder:
 
     def pair(self, v: Form, scaling: Scaling, names: collections.Counter) -> ScalePair | None:
         space = scaling.space
-        axes = {x for n in self.graph.nodes for x in map(find, n.layers)}
+        axes = self.axes
         layers = tuple(x.size for x in space if x in axes)
         channels = [x for x in space if x not in axes]
         shape = (*layers, math.prod(x.size for x in channels))
         uses = []
-        for name in (s.name for s in self.graph.sites if s.name in self.places):
-            use = self.use(v, scaling, channels, shape, *self.places[name])
+        reached = {place for s in v for place in scaling.readers.get(s, ())}
+        for n, i in (place for place in scaling.reads if place in reached):
+            site = n.plan.sites[i]
+            if self.places.get(site.name, (None,))[:2] != (n, i):
+                continue
+            use = self.use(v, scaling, channels, shape, n, i, site)
             if use is None:
                 return None
             if (use.index >= 0).any():

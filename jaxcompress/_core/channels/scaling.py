@@ -10,6 +10,7 @@ null space of these equations, here over exact fractions.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import re
@@ -56,10 +57,12 @@ class Scaling:
         self.reads: dict[tuple[Node, int], list[Exponents]] = {}
         self.symbols: dict[Any, int] = {}
         self._count = itertools.count()
-        ins = []
+        ins: list[Exponents] = []
         for number, v in zip(graph.inputs, graph.node.jaxpr.invars, strict=True):
             dims = graph.node.dims[v]
-            if number is None:
+            if not graph.held[v].issuperset(space):
+                ins.append({})
+            elif number is None:
                 ins.append(self.stopped(dims, space, "an input of the function"))
             else:
                 ins.append({s: {(number, *s): 1} for s in self.slots(dims, space)})
@@ -77,6 +80,15 @@ class Scaling:
         """Independent solutions {(number of a parameter, cell, slot) or own symbol: exponent}."""
         own = [s for zero in self.zeros for s in zero.form if s[0] == OWN]
         return self.solved.basis([*self.symbols, *own])
+
+    @functools.cached_property
+    def readers(self) -> dict[Any, dict[tuple[Node, int], None]]:
+        """By symbol the sites that read an array whose exponents contain it."""
+        found: dict[Any, dict[tuple[Node, int], None]] = collections.defaultdict(dict)
+        for place, Es in self.reads.items():
+            for s in (s for E in Es for form in (E or {}).values() for s in form):
+                found[s][place] = None
+        return found
 
     # -------------------------------------------------------------- slots
 

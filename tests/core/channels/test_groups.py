@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coupled groups: permuting a group's indices changes nothing, and no smaller set can be permuted."""
+"""Coupled groups: permuting their indices changes nothing, and no smaller set can be permuted."""
 
 import itertools
 
@@ -95,7 +95,7 @@ def test_permuting_a_group_leaves_the_function(name):
     "name", ["mlp", "relu_rnn", "dense_experts", "squeeze_excite", "weight_norm", "low_rank"]
 )
 def test_brute_force_finds_the_same_groups(name):
-    """Swapping two indices along a set of axes leaves the function iff the set is made of groups."""
+    """Swapping two indices along axes leaves the function iff the axes are those of groups."""
     fn, params, inputs = NETS[name]()
     flat, tree = leaves_by_path(params)
     run = jax.jit(lambda flat, inputs: fn(jax.tree.unflatten(tree, flat), *inputs))

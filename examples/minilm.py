@@ -107,13 +107,14 @@ def encode(texts):
 
 
 def calibration():
-    """Batches of background text, cut into sequences of TOKENS tokens without padding."""
+    """The first SEQUENCES background texts that fill TOKENS tokens, in batches."""
     texts = (data / "lee_background.cor").read_text("utf-8").strip().split("\n")
-    tokenizer.no_truncation()
-    stream = np.concatenate([t.ids for t in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+    tokenizer.enable_truncation(TOKENS)
+    x = encode(texts)
     tokenizer.enable_truncation(256)
-    rows = stream[: SEQUENCES * TOKENS].reshape(-1, TOKENS)
-    return [np.stack([b, np.ones_like(b)]).astype("int32") for b in np.split(rows, len(rows) // BATCH)]
+    whole = x[:, x[1].all(1)][:, :SEQUENCES]
+    assert whole.shape[1] == SEQUENCES, whole.shape
+    return np.split(whole, whole.shape[1] // BATCH, axis=1)
 
 
 def evaluate(predict):
@@ -145,6 +146,9 @@ if __name__ == "__main__":
         ("w8a8 rtn", "w8a8", "rtn"),
         ("w4 rtn", "w4a16-g32", "rtn"),
         ("w4 gptq", "w4a16-g32", "gptq"),
+        ("w4 gptq search", "w4a16-g32", jc.methods.gptq(search=True)),
+        ("w4 gptq order", "w4a16-g32", jc.methods.gptq(act_order=True)),
+        ("w4 gptq both", "w4a16-g32", jc.methods.gptq(act_order=True, search=True)),
         ("w3 rtn", grouped(3), "rtn"),
         ("w3 mse", grouped(3), "mse"),
         ("w3 gptq", grouped(3), "gptq"),

@@ -34,6 +34,7 @@ class Rows:
       order: its dimensions: those of `lead`, of `out` and of `in`.
       counts: how many of them are of `lead`, `out` and `in`.
       groups: of a grouped convolution, else 1.
+      convolves: whether `in` are the channels of a convolution, each with its window.
     """
 
     weight: int
@@ -41,6 +42,7 @@ class Rows:
     order: tuple[int, ...]
     counts: tuple[int, int, int]
     groups: int = 1
+    convolves: bool = False
 
     @property
     def contracted(self) -> tuple[int, ...]:
@@ -94,7 +96,7 @@ def rows_of(site: Site, weight: int) -> Rows | None:
         if site.params["batch_group_count"] != 1 or weight != 1:
             return None
         groups = site.params["feature_group_count"]
-        return Rows(1, shape, tuple(spec), (0, 1, len(spec) - 1), groups)
+        return Rows(1, shape, tuple(spec), (0, 1, len(spec) - 1), groups, True)
     if site.op.startswith("ragged_dot"):
         lead = _ragged_groups(site, weight)
         if lead is None:

@@ -8,14 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..._core.patterns import nearest
 from ..._errors import RecipeError
+from ._awq import awq as awq
+from ._bias_correction import bias_correction as bias_correction
+from ._equalization import equalization as equalization
+from ._fold_norm import fold_norm as fold_norm
 from ._gptq import gptq as gptq
 from ._method import Layer as Layer
 from ._method import Method as Method
 from ._mse import mse as mse
 from ._rtn import rtn as rtn
+from ._smoothquant import smoothquant as smoothquant
 
 METHODS: Mapping[str, Callable[[], Method]] = types.MappingProxyType(
-    {made.__name__: made for made in (rtn, mse, gptq)}
+    {
+        made.__name__: made
+        for made in (
+            rtn,
+            mse,
+            gptq,
+            awq,
+            smoothquant,
+            equalization,
+            bias_correction,
+            fold_norm,
+        )
+    }
 )
 
 

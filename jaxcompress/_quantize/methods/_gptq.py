@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..._core.qtensor import QTensor
 from ..._solvers.gptq import gptq as solve
-from ..rounder import rounder_of
+from ..rounder import QuantizerRounder
 from ._method import Layer, Method
 from ._mse import searched
 
@@ -48,10 +48,11 @@ def gptq(
     static = static_groups or act_order
 
     def round(layer: Layer) -> QTensor:
+        q = layer.weight.quantizer
         done = solve(
             layer.w,
             layer.statistics["gram"],
-            rounder_of(searched(layer.weight.quantizer) if search else layer.weight.quantizer),
+            QuantizerRounder(searched(q) if search else q),
             group_size=layer.group_size,
             act_order=act_order,
             static_groups=static,

@@ -5,6 +5,8 @@ from . import distill as distill
 from . import export as export
 from . import formats as formats
 from . import prune as prune
+from ._calibration.stream import Inputs as Inputs
+from ._core.compressed import Compressed as Compressed
 from ._core.observe import sites as sites
 from ._core.observe import tap as tap
 from ._core.packed import with_qtensors as with_qtensors
@@ -18,9 +20,9 @@ from ._errors import FormatError as FormatError
 from ._errors import JaxCompressError as JaxCompressError
 from ._errors import RecipeError as RecipeError
 from ._errors import SiteError as SiteError
+from ._quantize import methods as methods
 from ._quantize import recipes as recipes
 from ._quantize.aware import quantize_aware as quantize_aware
-from ._quantize.calibrate import Inputs as Inputs
 from ._quantize.calibrate import calibrate as calibrate
 from ._quantize.granularity import Granularity as Granularity
 from ._quantize.granularity import per_block as per_block
@@ -28,6 +30,7 @@ from ._quantize.granularity import per_group as per_group
 from ._quantize.params import QuantParams as QuantParams
 from ._quantize.params import quant_params as quant_params
 from ._quantize.params import quant_tx as quant_tx
+from ._quantize.post_training import quantize as quantize
 from ._quantize.quantizer import Quantizer as Quantizer
 from ._quantize.recipe import Recipe as Recipe
 from ._quantize.recipe import Rule as Rule

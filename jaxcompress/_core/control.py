@@ -97,6 +97,9 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
     p, plan = eqn.params, plans[0]
     consts, carry, xs = _compat.split_scan(p, values)
     carry, k = _arrays(carry), len(carry)
+    stop = runtime.transform.stop_at(pick(runtime.learned, plan.names))
+    if stop is not None:
+        return _until(stop, eqn, consts, carry, xs, plan, runtime)
     xs = [(qparts.stacked(x) or x.dequantize()) if is_qtensor(x) else x for x in xs]
     layered = frozenset(s.name for s in plan.everything if s.layered[depth])
     stacked = plan.names if runtime.transform.collects else layered
@@ -122,6 +125,32 @@ def scan(eqn: Any, values: list, plans: Plans, runtime: Runtime, depth: int) -> 
     )
     runtime.state.update({**state_c, **state_y})
     return [*c, *ys]
+
+
+def _until(
+    stop: jax.Array, eqn: Any, consts: list, carry: list, xs: list, plan: Plan, runtime: Runtime
+) -> list:
+    """A scan whose sites are only those of layer `stop`; later layers are not run.
+
+    Layers before it run as they are, so that one program serves every layer. What the scan stacks
+    is zero: whoever asks for one layer looks at its sites alone.
+    """
+    p, k = eqn.params, len(carry)
+    xs = _arrays(xs)
+
+    def at(i: jax.Array) -> list:
+        i = p["length"] - 1 - i if p["reverse"] else i
+        return [lax.dynamic_index_in_dim(x, i, keepdims=False) for x in xs]
+
+    def step(i: jax.Array, carry: list) -> list:
+        return _run_to_arrays(p["jaxpr"], Plan(), [*consts, *carry, *at(i)], runtime)[:k]
+
+    before = p["length"] - 1 - stop if p["reverse"] else stop
+    carry = lax.fori_loop(0, before, step, carry)
+    inner = runtime.child({}, pick(runtime.state, plan.names))
+    outs = _run_to_arrays(p["jaxpr"], plan, [*consts, *carry, *at(before)], inner)
+    runtime.state.update(inner.state)
+    return [*outs[:k], *[jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[k:]]]
 
 
 def while_loop(eqn: Any, values: list, plans: Plans, runtime: Runtime, _: Any) -> list:

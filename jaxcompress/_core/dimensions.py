@@ -46,7 +46,9 @@ def axis_labels(eqn: Any) -> tuple[list, list] | None:
         free = [x for x in free if x not in [("r", g) for g in groups]]
         batch = [("b", k) for k in range(len(lb))]
         grouped = [("g",)] if len(batch) + len(free) < len(out) else []
-        return [*sides, [()] * len(shapes[2])], [grouped + batch + free]
+        counts: list[tuple] = [("count", k) for k in range(len(shapes[2]) - 1)]
+        counts.append(("r", groups[0]) if groups else ("g",))
+        return [*sides, counts], [grouped + batch + free]
     if name == "conv_general_dilated":
         dn = p["dimension_numbers"]
         lhs, rhs, res = ([(k, str(i)) for i in range(len(out))] for k in "lro")
@@ -70,9 +72,11 @@ def axis_labels(eqn: Any) -> tuple[list, list] | None:
         dn = p["dimension_numbers"]
         gone = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
         window = dict(zip((d for d in range(len(shapes[0])) if d not in gone), dn.offset_dims))
-        operand = [("w", window[d]) if d in window else ("x", d) for d in range(len(shapes[0]))]
         batch = [d for d in full if d not in dn.offset_dims]
         result = [("w", d) if d in dn.offset_dims else ("b", d) for d in full]
+        operand = [("w", window[d]) if d in window else ("x", d) for d in range(len(shapes[0]))]
+        for d, i in zip(dn.operand_batching_dims, dn.start_indices_batching_dims):
+            operand[d] = ("b", batch[i])
         return [operand, [("b", d) for d in batch] + [("index",)]], [result]
     if name == "iota":
         return [], [full]

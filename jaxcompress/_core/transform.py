@@ -73,6 +73,9 @@ class Transform:
     ) -> None:
         """Raises if `learned` and `state` are not what these sites need. Called when traced."""
 
+    def stop_at(self, learned: Mapping[str, Any]) -> Any:
+        """The layer at which a scan over layers stops (`learned` of its sites), or None."""
+
     def state_spec(self, site: Site, state: Any) -> Any:
         """How the state of a site inside shard_map is split over the mesh."""
         return jax.tree.map(lambda _: PartitionSpec(), state)

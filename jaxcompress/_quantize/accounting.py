@@ -32,6 +32,7 @@ class Row:
       reason: why it was left alone, or a remark; empty if everything was as asked.
       source: `file:line` of the operation.
       gradient: format of what flows back into the site; None if no rule says one.
+      weight_snr_db: power of the weight over that of its error, in dB; of `jc.quantize` only.
     """
 
     site: str
@@ -45,6 +46,7 @@ class Row:
     reason: str
     source: str
     gradient: str | None = None
+    weight_snr_db: float | None = None
 
 
 def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Row]:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from .._calibration.stream import Inputs, check_arrays
 from .._core import typed
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
@@ -20,22 +20,6 @@ from . import observers, recipes
 from .aware import QuantizeAware
 from .recipe import Recipe
 from .stateful import QuantState, slots, stored, view_of
-
-
-class Inputs:
-    """A batch of several arguments: `Inputs(x, mask=m)` calls `fn(params, x, mask=m)`.
-
-    >>> Inputs(1, train=False).kwargs
-    {'train': False}
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.args, self.kwargs = args, kwargs
-
-    @classmethod
-    def of(cls, batch: Any) -> Inputs:
-        """A batch as it is, or one argument as a batch."""
-        return batch if isinstance(batch, cls) else cls(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +59,7 @@ class Calibration:
           JaxCompressError: not arrays, an empty array, or values that are not finite.
         """
         args, kwargs = typed.unwrap((args, kwargs))
-        _check_arrays((args, kwargs), self.count)
+        check_arrays((args, kwargs), self.count)
         if not self.count:
             traced = self.inner.trace(*args, **kwargs)
             self.settings = traced.settings
@@ -112,19 +96,6 @@ class Calibration:
                     if value is not None:
                         into.setdefault(name, {})[slot] = value
         return QuantState(learned, {"ranges": ranges, "weight": jnp.zeros((), jnp.float32)})
-
-
-def _check_arrays(tree: Any, number: int) -> None:
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, (Tracer, jax.ShapeDtypeStruct)):
-            raise JaxCompressError(
-                "ranges are read from values: initialize and calibrate with arrays, outside of "
-                "jit, grad and the like."
-            )
-        if getattr(x, "size", 1) == 0:
-            raise JaxCompressError(
-                f"calibration batch {number} has an empty array of shape {x.shape}."
-            )
 
 
 def calibrate(

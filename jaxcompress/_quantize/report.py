@@ -25,10 +25,11 @@ from .noise import Noise, decibels
 from .recipe import Recipe
 
 _COLUMNS: tuple[str, ...] = (
-    "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after", "SNR dB",
-    "left alone because",
+    "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after",
+    "weight SNR dB", "SNR dB", "left alone because",
 )  # fmt: skip
-_NUMBERS = ("bytes before", "after", "SNR dB")
+_NUMBERS = ("bytes before", "after", "weight SNR dB", "SNR dB")
+_IF_ANY = {"gradient": "gradient", "weight SNR dB": "weight_snr_db"}  # columns and their fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,21 @@ class Report(Tabular):
         """
         data = dataclasses.asdict(self)
         for row in data["rows"]:
-            if row["snr_db"] is not None and not math.isfinite(row["snr_db"]):
-                row["snr_db"] = str(row["snr_db"])
+            for field in ("snr_db", "weight_snr_db"):
+                if row[field] is not None and not math.isfinite(row[field]):
+                    row[field] = str(row[field])
         data |= {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         return json.dumps(data, indent=2, allow_nan=False)
 
     @property
     def columns(self) -> list[tuple[str, bool]]:
-        """(heading, whether it holds numbers); that of gradients only if a rule has one."""
-        shown = any(row.gradient for row in self.rows)
-        return [(c, c in _NUMBERS) for c in _COLUMNS if shown or c != "gradient"]
+        """(heading, whether it holds numbers); some only if there is something to say."""
+        empty = {
+            heading
+            for heading, field in _IF_ANY.items()
+            if all(getattr(row, field) is None for row in self.rows)
+        }
+        return [(c, c in _NUMBERS) for c in _COLUMNS if c not in empty]
 
     @property
     def cells(self) -> list[list[str]]:
@@ -92,6 +98,7 @@ def _texts(row: Row) -> tuple[str, ...]:
         row.gradient or "",
         f"{row.bytes_before:,}",
         f"{row.bytes_after:,}",
+        "" if row.weight_snr_db is None else f"{row.weight_snr_db:.1f}",
         "" if row.snr_db is None else f"{row.snr_db:.1f}",
         row.reason,
     )

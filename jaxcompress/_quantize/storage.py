@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._core import qmove, qparts, typed
-from .._core.qtensor import QTensor, is_stored
+from .._core import typed
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from . import recipes
 from .accounting import split_path
 from .aware import QuantizeAware
-from .quantizer import Quantizer
 from .recipe import Recipe
-from .stateful import packed_in_range, slots
+from .weights import weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,111 +108,12 @@ def packed_params(
     def pack(held: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         traced = inner.trace(*args, **kwargs)
         parameters = dict(inner.parameters(args, kwargs))
-        readings: dict[str, list[_Reading | None]] = {}
-        for site in traced.sites:
-            setting = traced.settings.get(site.name, (None,) * len(site.operands))
-            for i in site.weights:
-                operand, quantizer = site.operands[i], setting[i]
-                reading = None
-                if quantizer is not None and operand.reads is not None:
-                    stored = _stored(held, site, i, quantizer)
-                    if stored is not None:
-                        axis = site.contracting(i)
-                        reading = _Reading(quantizer, axis, operand.reads, site.stack, stored)
-                for path in split_path(operand.path, parameters):
-                    readings.setdefault(path, []).append(reading)
-        packed = {}
-        for path, known in readings.items():
-            x = parameters[path]
-            if not is_stored(x) and (reading := _agreed(known, x)) is not None:
-                packed[path] = reading.pack(x)
+        known, _ = weights_of(traced, parameters, held)
+        packed = {path: weight.pack(parameters[path]) for path, weight in known.items()}
         return inner.replace(packed, args, kwargs)
 
     return run
 
 
-def _stored(held: Any, site: Site, i: int, quantizer: Quantizer) -> tuple[Any, Any] | None:
-    """(learned step, stored range) of an operand; None if it cannot be packed by them."""
-    if not quantizer.special:
-        return None, None
-    if held is None or quantizer.range not in ("learned", "static"):
-        return None
-    slot = slots(site)[i]
-    if quantizer.range == "learned":
-        return held.learned[site.name][slot], None
-    return None, held.statistics["ranges"][site.name][slot]
-
-
-def _agreed(known: Sequence[_Reading | None], x: Any) -> _Reading | None:
-    """How all sites read a parameter; None if they differ or it cannot be packed so."""
-    readings = [r for r in known if r is not None]
-    if len(readings) < len(known) or len({(r.quantizer, r.casts) for r in readings}) > 1:
-        return None
-    if len(readings) > 1 and any(r.stored != (None, None) for r in readings):
-        return None  # each site has a range of its own
-    kinds = [jax.eval_shape(r.pack, x) for r in readings]
-    same = kinds[0] is not None and all(_alike(k, kinds[0]) for k in kinds)
-    return readings[0] if same else None
-
-
 def _put_back(before: Any, after: Any) -> Any:
     return dataclasses.replace(before, weights=after) if typed.is_typed(before) else after
-
-
-def _alike(a: Any, b: Any) -> bool:
-    shapes = [[x.shape for x in jax.tree.leaves(q)] for q in (a, b)]
-    return jax.tree.structure(a) == jax.tree.structure(b) and shapes[0] == shapes[1]
-
-
-class _Reading(NamedTuple):
-    """How a site reads a parameter: `reads` of its operand, inside scans of these lengths.
-
-    `stored` are a learned step and a stored range, stacked over the scans; or twice None.
-    """
-
-    quantizer: Quantizer
-    axis: tuple[int, ...]
-    reads: tuple[tuple[str, Any, int], ...]
-    stack: tuple[int, ...]
-    stored: tuple[Any, Any]
-
-    @property
-    def casts(self) -> tuple:
-        return tuple(arg for step, arg, _ in self.reads if step == "cast")
-
-    def pack(self, x: Any) -> QTensor | None:
-        """The parameter packed in its own layout; None if that cuts groups or rounds twice."""
-        undo: list[tuple[str, Any]] = []
-        for step, arg, lead in self.reads:
-            if step == "cast":
-                undo.append(("cast", x.dtype))
-                x = x.astype(arg)
-            elif step == "reshape":
-                undo.append(("reshape", x.shape))
-                x = x.reshape(*x.shape[:lead], *arg)
-            else:
-                order = (*range(lead), *(lead + a for a in arg))
-                undo.append(("transpose", tuple(order.index(a) for a in range(x.ndim))))
-                x = x.transpose(order)
-
-        def quantize(x: Any, learned: Any, kept: Any) -> QTensor:
-            if learned is None and kept is None:
-                return self.quantizer.quantize(x, self.axis)
-            return packed_in_range(self.quantizer, x, self.axis, learned, kept)
-
-        for _ in self.stack:
-            quantize = jax.vmap(quantize)
-        return _undone(quantize(x, *self.stored), undo)
-
-
-def _undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | None:
-    for step, arg in reversed(steps):
-        if q is None:
-            return None
-        if step == "transpose":
-            q = qmove.transpose(q, arg)
-        elif step == "reshape":
-            q = qmove.reshape(q, arg)
-        else:  # to float32 only: codes * scale is rounded once, after the cast of the function
-            q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
-    return None if q is None else qparts.packed_along_last(q)

@@ -6,6 +6,8 @@ from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform
 from ._fixed import fixed as fixed
+from ._groups import Groups as Groups
+from ._groups import groups as groups
 from ._l0 import l0 as l0
 from ._link import PruneState as PruneState
 from ._link import masks as masks

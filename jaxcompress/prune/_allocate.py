@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import RecipeError
+from .._solvers.select import largest
 from ._distributions import Distribution, distribution_of
-from ._select import largest
 from ._structures import Structure, pool, spread, unit_sizes, unstructured
 from ._targets import Target
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import RecipeError, SiteError
+from .._solvers.select import n_of_m
 from ._link import Pruner, Rule, Weights, pruner
 from ._magnitude import due_every, surviving
-from ._select import n_of_m
 from ._targets import Patterns, Target, Targets
 
 

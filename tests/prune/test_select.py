@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+from jaxcompress._solvers.select import largest, n_of_m
 from jaxcompress.prune._bits import Bits
-from jaxcompress.prune._select import largest, n_of_m
 
 RNG = np.random.default_rng(0)
 SCORES = {

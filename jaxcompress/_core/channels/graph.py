@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ class Node:
       dims: terms of the dimensions of its variables.
       subs: by index of the equation, the nodes of the jaxprs that it calls.
       values: variables all of whose entries are one known number.
-      touch: by leaf, the equations that read or make an array with it.
+      touch: by leaf, the equations that read or make an array with it; filled for scalings.
     """
 
     jaxpr: Any
@@ -197,7 +198,6 @@ class Graph:
       inputs: for every input of the jaxpr, the number of the parameter that it is, or None.
       sites: all sites, each once.
       memo: blocks of terms.
-      held: leaves of every input of the jaxpr.
     """
 
     traced: Traced
@@ -209,7 +209,6 @@ class Graph:
     inputs: list[int | None]
     sites: tuple[Site, ...]
     memo: dict[int, list[Block]] = dataclasses.field(default_factory=dict)
-    held: dict[Any, frozenset[Leaf]] = dataclasses.field(default_factory=dict)
 
     def blocks(self, t: Term) -> list[Block]:
         """The blocks of a term, remembered: nothing is bound any more."""
@@ -217,6 +216,13 @@ class Graph:
         if id(t) not in self.memo:
             self.memo[id(t)] = blocks(t)
         return self.memo[id(t)]
+
+    @functools.cached_property
+    def held(self) -> dict[Any, frozenset[Leaf]]:
+        """Leaves of every input of the jaxpr."""
+        _index(self.node)
+        dims = self.node.dims
+        return {v: frozenset(x for t in dims[v] for x in leaves(t)) for v in self.node.jaxpr.invars}
 
     def relevant(self, n: Node, space: Sequence[Leaf]) -> list[int]:
         """Equations of a node that see all leaves of a space, in order."""
@@ -257,13 +263,10 @@ def channel_graph(fn: Callable, argnums: ArgNums, args: tuple, kwargs: dict) -> 
         pin(t, "an output")
     paths = [path for path, _ in named]
     graph = Graph(traced, node, walk.nodes, paths, shapes, dims, inputs, traced.sites)
-    _index(graph, node)
-    for v in node.jaxpr.invars:
-        graph.held[v] = frozenset(x for t in node.dims[v] for x in leaves(t))
     return graph
 
 
-def _index(graph: Graph, n: Node) -> None:
+def _index(n: Node) -> None:
     """Fills `touch` of a node and of all below it."""
     touch: dict[Leaf, set[int]] = collections.defaultdict(set)
     held: dict[int, set[Leaf]] = {}
@@ -281,7 +284,7 @@ def _index(graph: Graph, n: Node) -> None:
                     for leaf in of(t):
                         touch[leaf].add(i)
         for sub in n.subs.get(i, ()):
-            _index(graph, sub)
+            _index(sub)
             for leaf in sub.touch:
                 touch[leaf].add(i)
     n.touch = dict(touch)

@@ -349,8 +349,11 @@ class _Finder:
         mine = [x for d, c in zip(axes, cell) for x in self.graph.blocks(dims[d])[c].leaves]
         layers = [x for x in map(find, n.layers) if isinstance(x, Leaf)]
         why = "no parameter produces these channels"
-        if any(x.pin == "an input" for d in axes for x in leaves(dims[d])):
+        pins = [x.pin or "" for d in axes for x in leaves(dims[d])]
+        if "an input" in pins:
             why = "no scale passes an input of the function"
+        elif unknown := [p for p in pins if p.startswith("primitive ")]:
+            why = f"no scale passes {unknown[0]}"
         if len(set(mine)) < len(mine):
             return None, None, "its input has one axis twice"
         for space in self.spaces(layers, list(mine)):

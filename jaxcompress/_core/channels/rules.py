@@ -62,7 +62,7 @@ COLLECTIVES = frozenset("psum psum2 psum_invariant pmax pmin ppermute".split())
 # Results are operands or have their entries: what is known of the values is known of the result.
 MOVES = frozenset(
     """broadcast_in_dim reshape squeeze transpose copy copy_p stop_gradient convert_element_type
-    name""".split()
+    name pvary pcast sharding_constraint reshard""".split()
 )
 
 Label = Any
@@ -105,6 +105,8 @@ def rule(eqn: Any, known: Callable[[Any], Any]) -> Rule | None:
 
 def _without_ones(eqn: Any, found: Rule) -> Rule:
     """Dimensions of size 1 that are broadcast against larger ones get labels of their own."""
+    if not any(1 in v.aval.shape for v in (*eqn.invars, *eqn.outvars)):
+        return found
     size: dict[Label, int] = {}
     sides = (*zip(found.ins, eqn.invars), *zip(found.outs, eqn.outvars))
     for labels, v in sides:

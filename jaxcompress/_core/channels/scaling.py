@@ -483,4 +483,4 @@ def _narrower(E: Exponents, axis: int) -> Exponents:
 
 def _where(eqn: Any) -> str:
     line = re.sub(r" \(.*", "", _compat.source_line(eqn)).rsplit("/", 1)[-1]
-    return f"`{eqn.primitive.name}` ({line})"
+    return f"`{eqn.primitive.name}`" + (f" ({line})" if line else "")

@@ -201,6 +201,8 @@ def cut(t: Term, sizes: Sequence[int]) -> list[Term]:
 
 def unify(a: Term, b: Term) -> None:
     """The two terms, of one size, are the same axis."""
+    if find(a) is find(b):
+        return
     left, right = atoms(a), atoms(b)
     if left == right:
         return

@@ -67,3 +67,12 @@ class QuantizerRounder:
 
     def from_grid(self, grid: jax.Array, scales_: scales.Scales) -> jax.Array:
         return scales.from_grid(grid, self.quantizer, scales_)
+
+
+def rounder_of(quantizer: Quantizer) -> QuantizerRounder:
+    """Returns the rounder of a quantizer.
+
+    Raises:
+        RecipeError: as `QuantizerRounder`.
+    """
+    return QuantizerRounder(quantizer)

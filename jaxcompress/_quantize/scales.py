@@ -38,21 +38,16 @@ class Scales(NamedTuple):
 
 
 def find(
-    v: jax.Array,
-    q: Quantizer,
-    shared: tuple[int, ...],
-    sync: tuple[str, ...],
-    grouped: bool,
+    v: jax.Array, q: Quantizer, shared: tuple[int, ...], sync: tuple[str, ...], grouped: bool,
     g: jax.Array | None = None,
-) -> Scales:
+) -> Scales:  # fmt: skip
     """Returns the scales of float32 v over the shared axes, which stay as ones.
 
-    g is the second level of scales, if v is a part of the array that it is for.
+    `g` is the second-level scale, of formats that have one, where it is not that of v.
     """
     fmt = q.format
     if fmt.two_level and g is None:
         g = fmt.global_scale(ranges.absmax(v, tuple(range(v.ndim)), sync))
-    if fmt.two_level:
         sync = () if grouped else sync  # a block lies on one device, the tensor on all
     divisor = None
     if not v.size:

@@ -15,7 +15,7 @@ from jax import lax
 from .._errors import FormatError
 from ..formats import Format
 from . import checks
-from .gram import output_errors
+from .gram import folded, output_errors
 from .lead import over_lead, over_outputs
 from .rounder import Rounder, nearest, rounder_of, table
 
@@ -98,6 +98,7 @@ def _search(
     grid = jnp.asarray(np.arange(ratios, dtype=np.float32) / ratios)
 
     def one(w, gram, magnitude) -> tuple:
+        f = folded(gram)
         scales = jax.vmap(lambda r: scale_of(magnitude, r))(grid)
         shared = lax.map(lambda s: rounder.shared((w * s[None]).T), scales)
 
@@ -109,7 +110,7 @@ def _search(
                 v = w * s[:, None]
                 found = table(v, rounder, group_size, shared)
                 values = nearest(v, found, rounder, group_size)[1]
-                return output_errors(values / s[:, None] - w, gram)
+                return output_errors(values / s[:, None] - w, f)
 
             return lax.map(loss, (scales, shared)).T
 

@@ -76,15 +76,19 @@ def scales(tree: Any, w: jax.Array, groups: int) -> None:
 
 def finite(a: jax.Array, what: str) -> None:
     """Raises FormatError if a concrete array holds NaN or infinity."""
-    if isinstance(a, Tracer):
+    if isinstance(a, Tracer) or bool(_all_finite(a)):
         return
     bad = ~np.isfinite(np.asarray(a, np.float32))
-    if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise FormatError(
-            f"{int(bad.sum())} of {bad.size} numbers of the {what} are NaN or infinite, the first "
-            f"at index {first}. Look for them in the parameters and the calibration batches."
-        )
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise FormatError(
+        f"{int(bad.sum())} of {bad.size} numbers of the {what} are NaN or infinite, the first at "
+        f"index {first}. Look for them in the parameters and the calibration batches."
+    )
+
+
+@jax.jit
+def _all_finite(a: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(a))
 
 
 def second_moments(h: jax.Array) -> None:
@@ -95,7 +99,7 @@ def second_moments(h: jax.Array) -> None:
     """
     if isinstance(h, Tracer):
         return
-    diagonal = np.diagonal(np.asarray(h), axis1=-2, axis2=-1)
+    diagonal = np.asarray(jnp.diagonal(h, axis1=-2, axis2=-1))
     if (diagonal < 0).any():
         raise FormatError(
             "The hessian has negative numbers on its diagonal, which should be sums of squares."

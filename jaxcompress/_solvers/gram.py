@@ -6,23 +6,35 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+_PARTS = 8
 
-def output_errors(d: jax.Array, gram: jax.Array) -> jax.Array:
-    """Returns the squared errors of outputs over all tokens.
+
+def folded(gram: jax.Array) -> jax.Array:
+    """Returns an upper triangular matrix F with d F dᵀ = d G dᵀ, float32[in, in]."""
+    return jnp.triu(gram) + jnp.triu(gram, 1)
+
+
+def output_errors(d: jax.Array, f: jax.Array) -> jax.Array:
+    """Returns the squared errors of outputs over all tokens, in little more than half the work.
 
     Args:
         d: errors of weights, float32[in, out].
-        gram: float32[in, in].
+        f: `folded` Gram matrix, float32[in, in].
 
     Returns:
         float32[out].
 
     Example:
         >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-        >>> output_errors(jnp.array([[1.0], [-1.0]]), x.T @ x)  # (1 - 2)² + (3 - 4)²
+        >>> output_errors(jnp.array([[1.0], [-1.0]]), folded(x.T @ x))  # (1 - 2)² + (3 - 4)²
         Array([2.], dtype=float32)
     """
-    return jnp.sum(d * (gram @ d), axis=0)
+    n = d.shape[0]
+    step, total = -(-n // _PARTS), jnp.zeros(d.shape[1])
+    for i in range(0, n, step):
+        here = slice(i, min(i + step, n))
+        total = total + jnp.sum(d[here] * (f[here, i:] @ d[i:]), axis=0)
+    return total
 
 
 def of_groups(gram: jax.Array, size: int) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._quantize.rounder import QuantizerRounder
+from jaxcompress._quantize.rounder import rounder_of
 from jaxcompress._solvers.gptq import gptq
 
 QUANTIZERS = {
@@ -32,7 +32,7 @@ def test_without_correlations_gptq_is_the_quantizer(name):
     w = np.random.default_rng(0).standard_t(4, size=(24, 64)).astype(np.float32)
     packed = q.quantize(jnp.asarray(w), 1)
     size = q.granularity.size
-    result = gptq(w, np.eye(64), QuantizerRounder(q), group_size=size)
+    result = gptq(w, np.eye(64), rounder_of(q), group_size=size)
     np.testing.assert_array_equal(result.codes, packed.codes)
     np.testing.assert_allclose(result.w_q, packed.dequantize(), rtol=1e-6)
     scale = np.asarray(result.scales.scale)
@@ -49,4 +49,4 @@ def test_without_correlations_gptq_is_the_quantizer(name):
 def test_stored_ranges_and_other_roundings_are_refused():
     for q in (jc.Quantizer("int4", range="learned"), jc.Quantizer("int4", rounding="stochastic")):
         with pytest.raises(jc.RecipeError, match="A solver rounds half to even in a range of"):
-            QuantizerRounder(q)
+            rounder_of(q)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer solvers against the published torch loops, and one program for all layers of a shape.
+
+One layer of 4096 x 1024 weights, int4 with a scale an output unless said otherwise. Rows are timed
+in turn with their torch loop, A B A B, in one process on one core; a ratio is the median over the
+pairs of process CPU time. `python benchmarks/solvers.py [out] [in] [repeats]`; needs torch.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from jaxcompress import formats
+from jaxcompress._solvers.awq import awq
+from jaxcompress._solvers.cholesky import inverse_cholesky
+from jaxcompress._solvers.gptq import gptq
+from jaxcompress._solvers.rounder import find_scales
+from jaxcompress._solvers.sparsegpt import sparsegpt
+from jaxcompress._solvers.wanda import wanda
+
+OUT = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
+IN = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
+REPEATS = int(sys.argv[3]) if len(sys.argv) > 3 else 9
+BLOCK, GROUP, TOKENS = 128, 128, 2048
+MOST = {
+    "gptq": 0.4,
+    "sparsegpt 2:4": 0.45,
+    "wanda 2:4": 0.06,
+    "wanda 50 %": 0.15,
+    "awq": 0.2,
+}
+FIRST_CALL = {"gptq": 2.0}  # seconds: trace, compile and run
+torch.set_num_threads(1)
+
+
+class Quantizer:
+    """Absmax to -7 ... 7, for each row."""
+
+    def find(self, w):
+        self.scale = w.abs().amax(1, keepdim=True) / 7
+
+    def __call__(self, w):
+        return torch.clamp(torch.round(w / self.scale), -7, 7) * self.scale
+
+
+def torch_factor(hessian):
+    h = hessian.clone()
+    h[range(IN), range(IN)] += 0.01 * torch.mean(torch.diag(h))
+    h = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(h, upper=True)
+
+
+def torch_gptq(w, hessian, group=None):
+    """`gptq.py` of IST-DASLab/gptq."""
+    w, u, quantizer = w.clone(), torch_factor(hessian), Quantizer()
+    quantizer.find(w)
+    losses, q = torch.zeros_like(w), torch.zeros_like(w)
+    for i1 in range(0, IN, BLOCK):
+        i2 = min(i1 + BLOCK, IN)
+        w1 = w[:, i1:i2].clone()
+        q1, errors, loss1 = (torch.zeros_like(w1) for _ in range(3))
+        u1 = u[i1:i2, i1:i2]
+        for i in range(i2 - i1):
+            column, d = w1[:, i], u1[i, i]
+            if group and (i1 + i) % group == 0:
+                quantizer.find(w[:, i1 + i : i1 + i + group])
+            q_ = quantizer(column.unsqueeze(1)).flatten()
+            q1[:, i] = q_
+            loss1[:, i] = (column - q_) ** 2 / d**2
+            error = (column - q_) / d
+            w1[:, i:] -= error.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
+            errors[:, i] = error
+        q[:, i1:i2], losses[:, i1:i2] = q1, loss1 / 2
+        w[:, i2:] -= errors.matmul(u[i1:i2, i2:])
+    return q
+
+
+def torch_sparsegpt(w, hessian, n=2, m=4):
+    """`sparsegpt.py` of IST-DASLab/sparsegpt."""
+    w, u = w.clone(), torch_factor(hessian)
+    losses = torch.zeros(OUT)
+    for i1 in range(0, IN, BLOCK):
+        i2 = min(i1 + BLOCK, IN)
+        w1 = w[:, i1:i2].clone()
+        q1, errors, loss1 = (torch.zeros_like(w1) for _ in range(3))
+        u1 = u[i1:i2, i1:i2]
+        mask = torch.zeros_like(w1) == 1
+        for i in range(i2 - i1):
+            column, d = w1[:, i], u1[i, i]
+            if i % m == 0:
+                scores = w1[:, i : i + m] ** 2 / (torch.diag(u1)[i : i + m].reshape((1, -1))) ** 2
+                mask.scatter_(1, i + torch.topk(scores, n, dim=1, largest=False)[1], True)
+            q = column.clone()
+            q[mask[:, i]] = 0
+            q1[:, i] = q
+            loss1[:, i] = (column - q) ** 2 / d**2
+            error = (column - q) / d
+            w1[:, i:] -= error.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
+            errors[:, i] = error
+        w[:, i1:i2] = q1
+        losses += torch.sum(loss1, 1) / 2
+        w[:, i2:] -= errors.matmul(u[i1:i2, i2:])
+    return w
+
+
+def torch_wanda(w, norm, nm=None):
+    """`prune.py` of locuslab/wanda."""
+    scores = torch.abs(w) * norm.reshape((1, -1))
+    mask = torch.zeros_like(scores) == 1
+    if nm:
+        for i in range(0, IN, nm[1]):
+            part = scores[:, i : i + nm[1]].float()
+            mask.scatter_(1, i + torch.topk(part, nm[0], dim=1, largest=False)[1], True)
+    else:
+        order = torch.sort(scores, dim=-1, stable=True)[1]
+        mask.scatter_(1, order[:, : int(IN * 0.5)], True)
+    return ~mask
+
+
+def torch_awq(w, x):
+    """`auto_scale.py` of llm-awq, for one linear layer."""
+    wanted, magnitude = x @ w.T, x.abs().mean(0)
+    losses = []
+    for ratio in range(20):
+        s = magnitude.pow(ratio / 20).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        scaled = (w * s).reshape(-1, GROUP)
+        quantizer = Quantizer()
+        quantizer.find(scaled)
+        out = x @ (quantizer(scaled).reshape(w.shape) / s).T
+        losses.append((wanted - out).float().pow(2).mean().item())
+    return int(np.argmin(losses))
+
+
+def seconds(fn):
+    start = time.process_time()
+    jax.block_until_ready(fn())
+    return time.process_time() - start
+
+
+def main():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(OUT, IN)).astype(np.float32)
+    mix = np.eye(IN) + 0.3 * rng.normal(size=(IN, IN)) / np.sqrt(IN)
+    x = (rng.normal(size=(TOKENS, IN)) @ mix * rng.uniform(0.2, 2, IN)).astype(np.float32)
+    h = x.T @ x
+    norm, magnitude = np.sqrt(np.diag(h)), np.abs(x).mean(0)
+    W, H, N, A = (jnp.asarray(a) for a in (w, h, norm, magnitude))
+    tw, th, tn, tx = (torch.tensor(a) for a in (w, h, norm, x))
+    int4 = formats.int4
+    rows = [
+        ("gptq", lambda: gptq(W, H, int4).w_q, lambda: torch_gptq(tw, th)),
+        (
+            "gptq g128",
+            lambda: gptq(W, H, int4, group_size=GROUP).w_q,
+            lambda: torch_gptq(tw, th, GROUP),
+        ),
+        ("cholesky", lambda: inverse_cholesky(H).u, lambda: torch_factor(th)),
+        ("sparsegpt 2:4", lambda: sparsegpt(W, H, nm=(2, 4)).w, lambda: torch_sparsegpt(tw, th)),
+        ("wanda 2:4", lambda: wanda(W, N, nm=(2, 4)), lambda: torch_wanda(tw, tn, (2, 4))),
+        ("wanda 50 %", lambda: wanda(W, N, sparsity=0.5), lambda: torch_wanda(tw, tn)),
+        (
+            "awq",
+            lambda: awq(W, H, A, int4, group_size=GROUP).ratio,
+            lambda: torch_awq(tw, tx),
+        ),
+    ]
+    find_scales(W, int4)
+    print(
+        f"jax {jax.__version__}, torch {torch.__version__}, {platform.machine()}, 1 core, "
+        f"{OUT}x{IN}, {TOKENS} tokens, {REPEATS} repeats"
+    )
+    print(f"{'row':16}{'torch ms':>10}{'ours ms':>10}{'ratio':>8}{'most':>7}{'first s':>9}  agree")
+    failed = False
+    for name, own, loop in rows:
+        first = seconds(own)
+        pairs = [(seconds(loop), seconds(own)) for _ in range(REPEATS)]
+        ratio = statistics.median(b / a for a, b in pairs)
+        theirs, ours = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+        a, b = np.asarray(own()), np.asarray(loop())
+        if name == "awq":
+            agree = float(abs(a * 20 - b) < 0.5)
+        else:
+            agree = np.isclose(a, b, rtol=1e-3, atol=1e-4).mean()
+        most, slowest = MOST.get(name), FIRST_CALL.get(name)
+        failed |= most is not None and ratio > most
+        failed |= slowest is not None and first > slowest
+        print(
+            f"{name:16}{theirs:10.1f}{ours:10.1f}{ratio:8.3f}{most or '':>7}{first:9.2f}  "
+            f"{agree:.4f}",
+            flush=True,
+        )
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

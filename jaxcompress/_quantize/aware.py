@@ -12,10 +12,14 @@ from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
-from . import recipes
+from . import integer, recipes
 from .backward import fits, with_backward
+from .integer import Rounded, Spec, possible
+from .integer_dot import codes_of
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
+from .straight_through import fake_quantize_codes
+from .where_integer import pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Setting:
     Attributes:
       operands: these quantizers.
       gradient: the quantizer of what flows back, or None.
+      integer: how the product is computed in integers, or None.
     """
 
     operands: tuple[Quantizer | None, ...]
     gradient: Quantizer | None = None
+    integer: Spec | None = None
 
     def __iter__(self) -> Iterator[Quantizer | None]:
         return iter(self.operands)
@@ -47,6 +53,8 @@ class QuantizeAware(Transform):
     """Fake quantization with straight-through gradients, as a recipe says."""
 
     recipe: Recipe
+    integer: str | bool = "auto"
+    residuals: str = "int8"
 
     kind = "quantize"
     takes_packed = True
@@ -73,7 +81,21 @@ class QuantizeAware(Transform):
         for site in sites:
             if site.name in settings:
                 _fits(site, settings[site.name])
-        return {name: s for name, s in settings.items() if s.changes}
+        named = {site.name: site for site in sites}
+        return {
+            name: dataclasses.replace(s, integer=self.in_integers(named[name], s))
+            for name, s in settings.items()
+            if s.changes
+        }
+
+    def in_integers(self, site: Site, setting: Setting) -> Spec | None:
+        """How the product of a site is computed in integers; None if it is not."""
+        if self.integer is False:
+            return None
+        op = possible(site, setting.operands)
+        if op is None or (self.integer == "auto" and not pays(op, site)):
+            return None
+        return Spec(op, tuple(sorted(site.params.items())), self.residuals)
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
@@ -133,27 +155,51 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
-        return run(site, setting, bind, quantized(site, setting, operands), learned), None
+        rounded = [
+            rounded_operand(site, i, q, x, setting.integer is not None)
+            for i, (x, q) in enumerate(zip(operands, setting, strict=True))
+        ]
+        return run(site, setting, bind, rounded, learned), None
 
 
-def run(site: Site, setting: Setting, bind: Any, operands: Sequence, learned: Any) -> Any:
+def run(site: Site, setting: Setting, bind: Any, operands: Sequence[Rounded], learned: Any) -> Any:
     """The operation on operands that are quantized; backward as the setting says."""
+    spec = setting.integer if all(x.codes is not None for x in operands) else None
+    if setting.gradient is None and spec is None:
+        return bind(*(x.value for x in operands))
+    operands = [Rounded(dequantized(x.value), x.codes) for x in operands]
     if setting.gradient is None:
-        return bind(*operands)
-    operands = [dequantized(x) for x in operands]
-    return with_backward(site, bind, operands, setting.gradient, (learned or {}).get("key"))
+        assert spec is not None
+        return integer.run(spec, *operands)
+    key = (learned or {}).get("key")
+    return with_backward(site, bind, operands, setting.gradient, key, spec)
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
     """The operands of a site rounded to their formats; packed weights already are."""
-    out = []
-    for i, (value, quantizer) in enumerate(zip(operands, setting, strict=True)):
-        if quantizer is not None and not is_qtensor(value):
-            axis = site.contracting(i)
-            sync = site.operands[i].split_over(quantizer.shared_axes(value.shape, axis))
-            value = quantizer.fake_quantize(value, axis, sync=sync)
-        out.append(value)
-    return out
+    pairs = enumerate(zip(operands, setting, strict=True))
+    return [rounded_operand(site, i, q, x, False).value for i, (x, q) in pairs]
+
+
+def rounded_operand(site: Site, i: int, quantizer: Quantizer | None, x: Any, codes: bool) -> Rounded:
+    """Operand `i` rounded to its format; with its codes if they are asked for and known."""
+    axis = site.contracting(i)
+    if is_qtensor(x):
+        return packed_operand(x, axis, codes)
+    if quantizer is None:
+        return Rounded(x)
+    sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
+    if codes:
+        return Rounded(*fake_quantize_codes(x, quantizer, quantizer.check(x.shape, axis), sync))
+    return Rounded(quantizer.fake_quantize(x, axis, sync=sync))
+
+
+def packed_operand(q: Any, axis: Sequence[int], codes: bool) -> Rounded:
+    """A packed weight; with its codes if they are asked for, and scales are of whole rows."""
+    known = codes_of(q) if codes else None
+    if known is None or any(known.scale.shape[a] != 1 for a in axis):
+        return Rounded(q)
+    return Rounded(q, known)
 
 
 def setting_of(site: Site, rule: Rule) -> Setting:
@@ -293,7 +339,14 @@ def _listed(sites: Sequence[Site]) -> str:
     )
 
 
-def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) -> Callable:
+def quantize_aware(
+    fn: Callable,
+    recipe: str | Recipe,
+    *,
+    argnums: ArgNums = 0,
+    integer: str | bool = "auto",
+    residuals: str = "int8",
+) -> Callable:
     """Returns `fn` with the operands of its matmuls, convolutions and embeddings quantized.
 
     At every chosen site x becomes q(x), the nearest value of its format, and the gradient passes
@@ -342,6 +395,7 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     """
     from .stateful import StatefulQuantizeAware, needs_state  # they build on this module
 
+
     chosen = recipes.get(recipe)
     kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware
-    return transformed_function(fn, kind(chosen), argnums)
+    return transformed_function(fn, kind(chosen, integer, residuals), argnums)

@@ -94,7 +94,8 @@ class QuantizeAware(Transform):
         if self.integer is False:
             return None
         op = possible(site, setting.operands)
-        if op is None or (self.integer == "auto" and not pays(op, site)):
+        affine = any(q is not None and not q.symmetric for q in setting.operands)
+        if op is None or (self.integer == "auto" and not pays(op, site, affine)):
             return None
         return Spec(op, tuple(sorted(site.params.items())), self.residuals)
 

@@ -7,18 +7,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jax import lax
+
 from .._core.patterns import matches, nearest
 from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
-from . import integer, recipes
+from . import integer, recipes, straight_through
 from .backward import fits, with_backward
 from .integer import Rounded, Spec, possible
 from .integer_dot import codes_of
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
-from .straight_through import fake_quantize_codes
 from .where_integer import pays
 
 
@@ -93,7 +94,8 @@ class QuantizeAware(Transform):
         if self.integer is False:
             return None
         op = possible(site, setting.operands)
-        if op is None or (self.integer == "auto" and not pays(op, site)):
+        affine = any(q is not None and not q.symmetric for q in setting.operands)
+        if op is None or (self.integer == "auto" and not pays(op, site, affine)):
             return None
         return Spec(op, tuple(sorted(site.params.items())), self.residuals)
 
@@ -189,9 +191,11 @@ def rounded_operand(site: Site, i: int, quantizer: Quantizer | None, x: Any, cod
     if quantizer is None:
         return Rounded(x)
     sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
-    if codes:
-        return Rounded(*fake_quantize_codes(x, quantizer, quantizer.check(x.shape, axis), sync))
-    return Rounded(quantizer.fake_quantize(x, axis, sync=sync))
+    value = quantizer.fake_quantize(x, axis, sync=sync)
+    if not codes:
+        return Rounded(value)
+    x = lax.stop_gradient(x)
+    return Rounded(value, straight_through.codes_of(x, quantizer, axis, sync))
 
 
 def packed_operand(q: Any, axis: Sequence[int], codes: bool) -> Rounded:
@@ -231,7 +235,8 @@ def why_not(site: Site, rule: Rule) -> str:
             f"from outside. Rewrite it with jax.lax operations, or leave it in float with "
             f'Rule("{site.name}", None).'
         )
-    if not site.floating:
+    owned = any("quantize" in o.owners for o in site.operands)
+    if not site.floating and not owned:
         return "operands are not real floating-point numbers"
     if site.op == "gather" and rule.gradient and rule.weight is rule.activation is None:
         return "a lookup has no backward matmul"
@@ -244,7 +249,7 @@ def why_not(site: Site, rule: Rule) -> str:
         return "" if rule.op == site.op else "product of two activations"
     if not reads_data and site.op != "gather":
         return "computed from parameters only: its result is stored"
-    if not rule.leaves_alone and any("quantize" in o.owners for o in site.operands):
+    if not rule.leaves_alone and owned:
         raise SiteError(
             f"`{site.name}` is already quantized by another recipe, and rule "
             f"{rule.pattern!r} would quantize it again. Exclude it with "

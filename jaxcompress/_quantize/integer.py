@@ -19,7 +19,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -134,13 +133,7 @@ def _straight_through(spec, primals, tangents):
 def _tangent(spec: Spec, l: Any, r: Any, dl: Any, dr: Any) -> Any:  # noqa: E741
     parts = [] if dl is None else [spec.of_left(dl, r)]
     parts += [] if dr is None else [spec.of_right(l, dr)]
-    if not parts:
-        return jnp.zeros(spec_shape(spec, l, r), spec.op.dtype)
     return functools.reduce(lax.add, parts)
-
-
-def spec_shape(spec: Spec, l: Any, r: Any) -> tuple[int, ...]:  # noqa: E741
-    return jax.eval_shape(spec.plain, l, r).shape
 
 
 @jax.custom_jvp
@@ -149,11 +142,8 @@ def _once(lv: Any, rv: Any, lc: Codes, rc: Codes) -> tuple[Codes, Codes]:
     return lc, rc
 
 
-@functools.partial(_once.defjvp, symbolic_zeros=True)
+@_once.defjvp
 def _again(primals, tangents):
-    out = _once(*primals)
-    if all(isinstance(t, SymbolicZero) for t in tangents[:2]):
-        return out, tuple(codes.tangent() for codes in out)
     raise SiteError(
         "a second derivative goes through a site that keeps int8 codes for its backward pass, and "
         'codes have no derivative. Use jaxcompress.quantize_aware(..., residuals="float"), or '

@@ -46,11 +46,6 @@ class Codes(NamedTuple):
             v = lax.sub(v, _like(lax.convert_element_type(self.zero_point, v.dtype), v.shape))
         return lax.convert_element_type(lax.mul(v, _like(self.scale, v.shape)), dtype)
 
-    def tangent(self) -> Codes:
-        """Their tangent, which is zero: codes are constants to a derivative."""
-        nothing = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in self]
-        return Codes(nothing[0], lax.full_like(self.scale, 0), nothing[2])  # type: ignore[arg-type]
-
 
 class Dot(NamedTuple):
     """A `lax.dot_general`: its dimension numbers and the name of the dtype of its result."""

@@ -39,43 +39,19 @@ def jaxcompress_fake_quantize(
 
 @jaxcompress_fake_quantize.defjvp
 def _straight_through(quantizer, axis, sync, primals, tangents):
-    out = jaxcompress_fake_quantize(*primals, quantizer, axis, sync)
-    return out, _passed(primals[0], tangents[0], quantizer, axis, sync)
-
-
-def _passed(x, tangent, quantizer, axis, sync):
-    """The tangent where x is in the range, zero outside."""
-    if not quantizer.clips:
-        return tangent
-    x = lax.stop_gradient(x)
-    v, s, blocks = _scaled(x, quantizer, axis, sync)
-    mask = scales.inside(v, quantizer, s)
-    mask = mask if blocks is None else blocks.merge(mask, x.shape)
-    return lax.select(mask, tangent, lax.full_like(tangent, 0))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def jaxcompress_fake_quantize_codes(
-    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
-) -> tuple[jax.Array, Codes]:
-    """What `fake_quantize` returns, and its codes: for scales along whole axes."""
-    v, s, _ = _scaled(x, quantizer, axis, sync)
-    grid = scales.to_grid(v, quantizer, s, None, quantizer.rounding)
-    out = lax.convert_element_type(scales.from_grid(grid, quantizer, s), x.dtype)
-    return out, codes_from_grid(grid, s.scale, s.zero_point, quantizer.format)
-
-
-@jaxcompress_fake_quantize_codes.defjvp
-def _straight_through_codes(quantizer, axis, sync, primals, tangents):
-    value, codes = jaxcompress_fake_quantize_codes(*primals, quantizer, axis, sync)
-    tangent = _passed(primals[0], tangents[0], quantizer, axis, sync)
-    return (value, codes), (tangent, codes.tangent())
+    out, tangent = jaxcompress_fake_quantize(*primals, quantizer, axis, sync), tangents[0]
+    if quantizer.clips:
+        x = lax.stop_gradient(primals[0])
+        v, s, blocks = _scaled(x, quantizer, axis, sync)
+        mask = scales.inside(v, quantizer, s)
+        mask = mask if blocks is None else blocks.merge(mask, x.shape)
+        tangent = lax.select(mask, tangent, lax.full_like(tangent, 0))
+    return out, tangent
 
 
 # One jit each, so that a repeated shape is traced once. `quantize` and `scales` are jitted too
 # because XLA rounds a division by a constant differently inside a jit than outside.
 fake_quantize = jax.jit(jaxcompress_fake_quantize, static_argnums=(2, 3, 4))
-fake_quantize_codes = jax.jit(jaxcompress_fake_quantize_codes, static_argnums=(1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -90,6 +66,19 @@ def quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]
         codes, s.scale, s.zero_point,
         format=fmt, dtype=x.dtype, blocks=blocks, global_scale=g,
     )  # fmt: skip
+
+
+def _codes_of(
+    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
+) -> Codes:
+    """The integers that `fake_quantize` rounds x to, with scales along whole axes."""
+    v, s, _ = _scaled(x, quantizer, axis, sync)
+    grid = scales.to_grid(v, quantizer, s, None, quantizer.rounding)
+    return codes_from_grid(grid, s.scale, s.zero_point, quantizer.format)
+
+
+_codes_of.__name__ = "jaxcompress_fake_quantize"  # to `_core/analyze.py` it is the same
+codes_of = jax.jit(_codes_of, static_argnums=(1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -24,6 +24,10 @@ from jax.core import eval_jaxpr as eval_jaxpr
 
 from .._errors import JaxCompressError
 
+# Whether `lax.scaled_dot` lowers for several platforms at once: its decomposition takes one
+# operand too many for that on jax 0.10.
+SCALED_DOT = jax.__version_info__ >= (0, 12)
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list]:
     """The jaxpr itself and its constants, whether it comes closed, open or merged."""

@@ -14,10 +14,11 @@ from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
-from . import integer, recipes, straight_through
+from . import integer, native, recipes, straight_through
 from .backward import fits, with_backward
 from .integer import Rounded, Spec, possible
 from .integer_dot import codes_of
+from .native import Native
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
 from .where_integer import pays
@@ -30,12 +31,12 @@ class Setting:
     Attributes:
       operands: these quantizers.
       gradient: the quantizer of what flows back, or None.
-      integer: how the product is computed in integers, or None.
+      integer: how the product is computed in integers or small floats, or None.
     """
 
     operands: tuple[Quantizer | None, ...]
     gradient: Quantizer | None = None
-    integer: Spec | None = None
+    integer: Spec | Native | None = None
 
     def __iter__(self) -> Iterator[Quantizer | None]:
         return iter(self.operands)
@@ -89,10 +90,12 @@ class QuantizeAware(Transform):
             if s.changes
         }
 
-    def in_integers(self, site: Site, setting: Setting) -> Spec | None:
-        """How the product of a site is computed in integers; None if it is not."""
+    def in_integers(self, site: Site, setting: Setting) -> Spec | Native | None:
+        """How the product of a site is computed on codes; None if it is not."""
         if self.integer is False:
             return None
+        if setting.gradient is None and (small := native.possible(site, setting.operands)):
+            return small
         op = possible(site, setting.operands)
         affine = any(q is not None and not q.symmetric for q in setting.operands)
         if op is None or (self.integer == "auto" and not pays(op, site, affine)):
@@ -157,6 +160,8 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
+        if isinstance(setting.integer, Native):
+            return native.apply(setting.integer, site, bind, operands, setting.operands), None
         rounded = [
             rounded_operand(site, i, q, x, setting.integer is not None)
             for i, (x, q) in enumerate(zip(operands, setting, strict=True))
@@ -166,7 +171,8 @@ class QuantizeAware(Transform):
 
 def run(site: Site, setting: Setting, bind: Any, operands: Sequence[Rounded], learned: Any) -> Any:
     """The operation on operands that are quantized; backward as the setting says."""
-    spec = setting.integer if all(x.codes is not None for x in operands) else None
+    spec = setting.integer if isinstance(setting.integer, Spec) else None
+    spec = spec if all(x.codes is not None for x in operands) else None
     if setting.gradient is None and spec is None:
         return bind(*(x.value for x in operands))
     operands = [Rounded(dequantized(x.value), x.codes) for x in operands]
@@ -183,7 +189,9 @@ def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
     return [rounded_operand(site, i, q, x, False).value for i, (x, q) in pairs]
 
 
-def rounded_operand(site: Site, i: int, quantizer: Quantizer | None, x: Any, codes: bool) -> Rounded:
+def rounded_operand(
+    site: Site, i: int, quantizer: Quantizer | None, x: Any, codes: bool
+) -> Rounded:
     """Operand `i` rounded to its format; with its codes if they are asked for and known."""
     axis = site.contracting(i)
     if is_qtensor(x):
@@ -399,7 +407,6 @@ def quantize_aware(
     References: Jacob et al. 2018 (fake quantization); Bengio et al. 2013 (straight-through).
     """
     from .stateful import StatefulQuantizeAware, needs_state  # they build on this module
-
 
     chosen = recipes.get(recipe)
     kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware

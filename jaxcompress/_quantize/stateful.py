@@ -27,6 +27,7 @@ from .dorefa import dorefa_activation, dorefa_weight
 from .integer import Rounded
 from .integer_dot import Codes, codes_from_grid
 from .lsq import lsq, lsq_codes
+from .native import Native
 from .pact import pact
 from .quantizer import Quantizer
 from .recipe import Recipe
@@ -117,6 +118,8 @@ class StatefulQuantizeAware(QuantizeAware):
                     raise RecipeError(_other_model(site, slot, quantizer, want, got, given))
 
     def apply(self, site, setting, bind, operands, learned, state):
+        if isinstance(setting.integer, Native):  # no range of such a site is stored
+            return super().apply(site, setting, bind, operands, learned, state)
         rounded, new = [], dict(state or {})
         in_codes = setting.integer is not None
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):

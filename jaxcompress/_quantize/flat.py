@@ -68,9 +68,7 @@ def dot(lhs: jax.Array, rhs: jax.Array, numbers: Any, precision: Any, dtype: Any
     """`lax.dot_general` of matrices, in the shape that it has of the operands as they are."""
     found = sides(numbers, lhs.shape, rhs.shape)
     if found is None:
-        return lax.dot_general(
-            lhs, rhs, numbers, precision=precision, preferred_element_type=dtype
-        )
+        return lax.dot_general(lhs, rhs, numbers, precision=precision, preferred_element_type=dtype)
     a, b = found
     y = matmul(a.merge(lhs), b.merge(rhs), a.summed, b.summed, precision, dtype)
     return lax.reshape(y, _shape(lhs, rhs, numbers))

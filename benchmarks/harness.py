@@ -7,6 +7,7 @@ compiled before, and runs long enough to be measured: repeated until a turn take
 
 import os
 import platform
+import re
 import statistics
 import time
 
@@ -29,13 +30,14 @@ def machine():
         with open("/proc/cpuinfo") as f:
             rows = dict(line.split(":", 1) for line in f if ":" in line)
         rows = {k.strip(): v.strip() for k, v in rows.items()}
-        flags = {"avx512f", "avx512_vnni", "avx_vnni", "amx_int8"} & set(rows.get("flags", "").split())
+        known = {"avx512f", "avx512_vnni", "avx_vnni", "amx_int8"}
+        flags = known & set(rows.get("flags", "").split())
         name = f"{rows.get('model name', name)} ({', '.join(sorted(flags))})"
     return f"{name}, one core; jax {jax.__version__}, Python {platform.python_version()}"
 
 
 def measure(candidates, rounds):
-    """Median CPU seconds and the spread (quartiles over median) of each `name: (compiled, args)`."""
+    """(median CPU seconds, spread) by name of `{name: (compiled, args)}`."""
     repeats, times = {}, {name: [] for name in candidates}
     for name, (fn, args) in candidates.items():
         jax.block_until_ready(fn(*args))
@@ -59,6 +61,15 @@ def spread(times):
         return float("nan")
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / 2 / middle
+
+
+def integer_products(compiled):
+    """How many dots and convolutions of a compiled program multiply s8 with s8."""
+    text = compiled.as_text()
+    types = dict(re.findall(r"%?([\w.-]+) = (\w+)\[", text))
+    found = re.findall(r"= s32\[[^=]* (?:dot|convolution)\(([^)]*)\)", text)
+    operands = [re.findall(r"%([\w.-]+)", names) for names in found]
+    return sum(all(types.get(n) == "s8" for n in names) for names in operands)
 
 
 def assert_alive(tree, what):

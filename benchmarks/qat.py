@@ -18,12 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import assert_alive, machine, measure, pin
-
-pin()
-
 import jax
 import jax.numpy as jnp
+from harness import assert_alive, integer_products, machine, measure, pin
 from jax import lax
 
 import jaxcompress as jc
@@ -279,12 +276,12 @@ def run(name, short, rounds):
         assert_alive(g, f"{name}, {label}")
         compiled[label] = (c, (p, x, y))
         if label == "jaxcompress":
-            integers = any("s8[" in line for line in c.as_text().splitlines() if "= s32" in line)
+            integers = integer_products(c)
     for label, loss in losses.items():
         assert abs(float(loss - losses["float32"])) < 0.05 * float(losses["float32"]), label
     times = measure(compiled, rounds)
     base = times["float32"][0]
-    print(f"\n{name}: float32 step {base * 1e3:.2f} ms; integers {'yes' if integers else 'no'}")
+    print(f"\n{name}: float32 step {base * 1e3:.2f} ms; {integers} products of integers")
     print(f"{'':22}{'step':>8}{'+-':>7}{'trace':>8}{'compile':>9}{'temp':>8}")
     rows = []
     for label, (t, s) in times.items():
@@ -301,6 +298,7 @@ def main():
     parser.add_argument("--short", action="store_true", help="tiny models, one round: does it work")
     parser.add_argument("--out", type=Path, help="append a table in Markdown to this file")
     args = parser.parse_args()
+    pin()
     print(machine())
     found = {n: run(n, args.short, 1 if args.short else args.rounds) for n in args.only.split(",")}
     if args.out:

@@ -26,8 +26,7 @@ from .._core.analyze import INTEGER
 from .._core.sites import Site
 from .._errors import SiteError
 from . import flat
-from .integer_dot import Codes, Conv, Dot, Operation, longest, product, whole, widest
-from .integer_dot import operation_of as operation_of
+from .integer_dot import Codes, Conv, Operation, longest, product, whole, widest
 from .quantizer import Quantizer
 
 CHOICES = ("auto", True, False)
@@ -52,12 +51,14 @@ class Spec(NamedTuple):
     Attributes:
       op: the product.
       params: parameters of the float operation, sorted.
-      residuals: `"int8"` or `"float"`.
+      integers: whether it is computed in integers; else in floats, laid out well.
+      residuals: what is kept for the backward pass, `"int8"` or `"float"`.
     """
 
     op: Operation
     params: tuple
-    residuals: str
+    integers: bool = True
+    residuals: str = "int8"
 
     def plain(self, lhs: Any, rhs: Any) -> Any:
         """The float operation as it was written."""
@@ -82,18 +83,17 @@ class Spec(NamedTuple):
         )
 
 
-def possible(site: Site, quantizers: Any) -> Operation | None:
-    """The product of a site in integers, if formats, scales and sizes allow one."""
-    op = operation_of(site)
-    if op is None or len(site.operands) != 2 or not all(map(_integer, quantizers)):
-        return None
+def possible(op: Operation, site: Site, quantizers: Any) -> bool:
+    """Whether formats, scales and sizes of a site allow its product in integers."""
+    if not all(map(_integer, quantizers)):
+        return False
     for i, (operand, q) in enumerate(zip(site.operands, quantizers, strict=True)):
         axis = site.contracting(i)
         if q.granularity.size or not set(axis) <= set(q.shared_axes(operand.shape, axis)):
-            return None
+            return False
     sizes = (widest(q.format, q.symmetric) for q in quantizers)
     terms = op.terms(*(o.shape for o in site.operands))
-    return op if 0 < terms <= longest(*sizes) else None
+    return 0 < terms <= longest(*sizes)
 
 
 def _integer(q: Quantizer | None) -> bool:
@@ -101,14 +101,15 @@ def _integer(q: Quantizer | None) -> bool:
 
 
 def run(spec: Spec, lhs: Rounded, rhs: Rounded) -> Any:
-    """The product of a site in integers, with the derivative of the float one."""
+    """The product of a site as `spec` says, with the derivative of the float one."""
     return _jitted(lhs.value, rhs.value, lhs.codes, rhs.codes, spec)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _product(lv: Any, rv: Any, lc: Codes, rc: Codes, spec: Spec) -> tuple[Any, Any]:
-    """(the product of the codes, that of the values for whoever puts it in its place)."""
-    return product(spec.op, lc, rc), spec.plain(lv, rv)
+def _product(lv: Any, rv: Any, lc: Any, rc: Any, spec: Spec) -> tuple[Any, Any]:
+    """(the product, the one that was written, for whoever puts it in its place)."""
+    out = product(spec.op, lc, rc) if spec.integers else spec.of_left(lv, rv)
+    return out, spec.plain(lv, rv)
 
 
 @functools.partial(_product.defjvp, symbolic_zeros=True)
@@ -116,7 +117,7 @@ def _straight_through(spec, primals, tangents):
     lv, rv, lc, rc = primals
     dl, dr = (None if isinstance(t, SymbolicZero) else t for t in tangents[:2])
     y, plain = _product(*primals, spec)
-    if spec.residuals == "float":
+    if not spec.integers or spec.residuals == "float":
         dy = _tangent(spec, lv, rv, dl, dr)
     else:
         kept = _once(lv, rv, lc, rc)

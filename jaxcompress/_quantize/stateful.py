@@ -118,10 +118,10 @@ class StatefulQuantizeAware(QuantizeAware):
                     raise RecipeError(_other_model(site, slot, quantizer, want, got, given))
 
     def apply(self, site, setting, bind, operands, learned, state):
-        if isinstance(setting.integer, Native):  # no range of such a site is stored
+        if isinstance(setting.product, Native):  # no range of such a site is stored
             return super().apply(site, setting, bind, operands, learned, state)
         rounded, new = [], dict(state or {})
-        in_codes = setting.integer is not None
+        in_codes = setting.in_integers
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):
             if quantizer is None or not quantizer.special or is_qtensor(x):
                 rounded.append(rounded_operand(site, i, quantizer, x, in_codes))
@@ -229,7 +229,12 @@ def _other_model(
 
 
 def quantize_aware_with_state(
-    fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0
+    fn: Callable,
+    recipe: str | Recipe,
+    *,
+    argnums: ArgNums = 0,
+    integer: str | bool = "auto",
+    residuals: str = "int8",
 ) -> tuple[Callable, Callable]:
     """`quantize_aware` with its ranges as an explicit value: (init, apply).
 
@@ -243,6 +248,7 @@ def quantize_aware_with_state(
       fn: a forward pass or a loss. A whole train step takes `jc.quant_params` instead.
       recipe: name of a recipe, or a `Recipe`; one without stored ranges has an empty state.
       argnums: position (or name) of the argument that holds the parameters, or several.
+      integer, residuals: as in `quantize_aware`.
 
     Raises:
       RecipeError: as `quantize_aware`; or the state belongs to another model.
@@ -261,7 +267,7 @@ def quantize_aware_with_state(
     from .calibrate import Calibration  # it observes for the transform above
 
     chosen = recipes.get(recipe)
-    inner = Transformed(fn, StatefulQuantizeAware(chosen), argnums)
+    inner = Transformed(fn, StatefulQuantizeAware(chosen, integer, residuals), argnums)
 
     def init(*args, **kwargs) -> QuantState:
         calibration = Calibration(fn, chosen, argnums)

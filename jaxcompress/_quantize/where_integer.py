@@ -44,18 +44,24 @@ def pays(op: Operation, site: Site, affine: bool, platform: str | None = None) -
       affine: whether an operand has a zero point that stays.
       platform: where it is to run; by default JAX's backend. All but "cpu" are not measured.
     """
+    if isinstance(op, Dot):
+        return lay_out(op, site, platform)
     if (platform or jax.default_backend()) != "cpu":
         return False
-    lhs, rhs = (o.shape for o in site.operands)
-    if isinstance(op, Dot):
-        found = flat.sides(op.numbers, lhs, rhs)
-        if found is None or found[0].summed != 1:
-            return False
-        (rows, terms), columns = found[0].shape, found[1].shape[1 - found[1].summed]
-        enough = all(n >= least for n, least in zip((rows, terms, columns), _DOT, strict=True))
-        return enough and rows * terms * columns >= _WORK
-    params = dict(op.params)
+    rhs, params = site.operands[1].shape, dict(op.params)
     if params["feature_group_count"] != 1 or math.prod(params["lhs_dilation"]) != 1 or affine:
         return False
     spec = params["dimension_numbers"].rhs_spec
     return rhs[spec[1]] >= _CONV[0] and rhs[spec[0]] >= _CONV[1]
+
+
+def lay_out(op: Operation, site: Site, platform: str | None = None) -> bool:
+    """Whether a product is faster as one of matrices: where it is worth integers, too."""
+    if (platform or jax.default_backend()) != "cpu" or not isinstance(op, Dot):
+        return False
+    found = flat.sides(op.numbers, *(o.shape for o in site.operands))
+    if found is None or found[0].summed != 1:
+        return False
+    (rows, terms), columns = found[0].shape, found[1].shape[1 - found[1].summed]
+    enough = all(n >= least for n, least in zip((rows, terms, columns), _DOT, strict=True))
+    return enough and rows * terms * columns >= _WORK

@@ -24,6 +24,10 @@ from jax.core import eval_jaxpr as eval_jaxpr
 
 from .._errors import JaxCompressError
 
+# Whether `lax.scaled_dot` lowers for several platforms at once: its decomposition takes one
+# operand too many for that on jax 0.10.
+SCALED_DOT = jax.__version_info__ >= (0, 12)
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list]:
     """The jaxpr itself and its constants, whether it comes closed, open or merged."""
@@ -61,6 +65,19 @@ def bind(eqn: Any, values: list) -> list:
 def varying_axes(x: Any) -> frozenset[str]:
     """Mesh axes over which a value inside `shard_map` is known to differ."""
     return frozenset(getattr(jax.typeof(x).manual_axis_type, "varying", ()))
+
+
+def second_result(eqn: Any) -> tuple[Any, list[bool]] | None:
+    """The jaxpr of the second of two results of a jit around a custom_jvp call, and which of its
+    operands it reads; None if that is not what the equation is (it was differentiated)."""
+    eqns = open_jaxpr(eqn.params["jaxpr"])[0].eqns
+    if len(eqns) != 1 or eqns[0].primitive.name != "custom_jvp_call":
+        return None
+    jaxpr, consts = open_jaxpr(eqns[0].params["call_jaxpr"])
+    if len(jaxpr.outvars) != 2 or consts:
+        return None
+    inner, used = _pe.dce_jaxpr(jaxpr, [False, True])
+    return inner, list(used)
 
 
 @contextlib.contextmanager

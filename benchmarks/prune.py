@@ -25,7 +25,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import jaxcompress as jc
-from jaxcompress.prune import _select
+from jaxcompress._solvers import select
 
 
 def ratio(title, variants, args, rounds, bound):
@@ -90,7 +90,7 @@ def two_of_four(size, rounds):
 
     variants = {
         "sorting groups": jax.jit(sort),
-        "comparing": jax.jit(lambda w: _select.n_of_m(w, 2, 4, 0)),
+        "comparing": jax.jit(lambda w: select.n_of_m(w, 2, 4, 0)),
     }
     assert bool(jnp.all(sort(w) == variants["comparing"](w)))
     ratio(f"2 of 4, {size} x {size}", variants, dict.fromkeys(variants, (w,)), rounds, 0.025)

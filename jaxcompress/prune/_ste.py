@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import RecipeError
+from .._solvers.select import n_of_m
 from ._allocate import Allocation
 from ._distributions import Distribution
 from ._nm import axis_of
 from ._schedules import Schedule, schedule_of
-from ._select import n_of_m
 from ._soft import Gate, SoftPruned
 from ._structures import Structure, unstructured
 from ._targets import Patterns, Target, Targets

@@ -10,9 +10,7 @@ from jaxcompress._quantize.rounder import rounder_of
 from jaxcompress._solvers.gptq import gptq
 
 QUANTIZERS = {
-    "channel": jc.Quantizer("int4"),
     "tensor": jc.Quantizer("int8", "tensor"),
-    "group": jc.Quantizer("int4", "group:16"),
     "asymmetric": jc.Quantizer("uint4", "group:16"),
     "block": jc.Quantizer("int4", "block:4x16"),
     "mse": jc.Quantizer("int3", "group:16", range="mse"),
@@ -21,7 +19,6 @@ QUANTIZERS = {
     "power of two": jc.Quantizer("int4", "group:16", power_of_two="ceil"),
     "twn": jc.Quantizer("ternary", range="twn"),
     "mxfp4": jc.Quantizer("mxfp4"),
-    "nvfp4": jc.Quantizer("nvfp4"),
     "four over six": jc.Quantizer("nvfp4_four_over_six"),
 }
 

@@ -96,7 +96,7 @@ def _search(
             def step(state: tuple, factor: jax.Array) -> tuple[tuple, None]:
                 least, best = state
                 a = extent * factor
-                d = lax.map(rounded, jnp.clip(v, -a, a)) - v
+                d = jax.vmap(rounded)(jnp.clip(v, -a, a)) - v
                 error = jnp.sum(d * weigh(d), axis=1, keepdims=True)
                 better = error < least
                 return (jnp.where(better, error, least), jnp.where(better, a, best)), None

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..formats import Format
 from ..formats._base import divide, multiply, safe_scale
@@ -203,7 +202,7 @@ def table(w: jax.Array, rounder: Rounder, group_size: int | None, shared: Any) -
     groups = filled(w, size).reshape(-1, size, w.shape[1])
     if groups.shape[0] == 1:
         return rounder.find(groups[0], shared)
-    found = lax.map(lambda v: rounder.find(v, shared), groups)
+    found = jax.vmap(lambda v: rounder.find(v, shared))(groups)
     return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), found)
 
 

@@ -19,7 +19,6 @@ SAME_OUTPUTS = 0.97
 
 FITS = {
     "int4": (formats.int4, symmetric(-7, 7)),
-    "int2": (formats.int2, lambda v: symmetric(-2, 1)(v)),
     "uint3": (Scaled(formats.uint3), asymmetric(7)),
     "nf4": (formats.nf4, table_of(formats.nf4.values(), 1.0)),
     "e2m1": (formats.float4_e2m1fn, table_of(formats.float4_e2m1fn.values(), 6.0)),
@@ -34,13 +33,10 @@ def same(found, wanted):
 
 CASES = {
     "plain": ("int4", {}),
-    "full range": ("int2", {}),
     "asymmetric": ("uint3", {"group": 16}),
     "codebook": ("nf4", {"group": 16}),
     "float": ("e2m1", {"group": 25}),
-    "order": ("uint3", {"act_order": True}),
     "groups in order": ("int4", {"group": 16, "act_order": True}),
-    "static groups": ("int4", {"group": 16, "static": True}),
     "static groups in order": ("uint3", {"group": 16, "act_order": True, "static": True}),
     "mask": ("int4", {"group": 16, "mask": np.random.default_rng(1).random((64, 50)) < 0.5}),
 }
@@ -79,20 +75,18 @@ def test_small_problems_are_solved_as_by_brute_force():
     assert same(gptq(w, h, formats.int3).w_q, wanted) == 1.0
 
 
-@pytest.mark.parametrize("block", [1, 5, 1000])
-def test_the_block_changes_nothing(block):
+def test_the_block_changes_nothing():
     w, h, _ = problem(40, 48)
     kwargs = {"group_size": 24, "act_order": True}
-    one, other = (gptq(w, h, formats.int3, block=b, **kwargs) for b in (128, block))
+    one, other = (gptq(w, h, formats.int3, block=b, **kwargs) for b in (128, 1))
     assert (np.asarray(one.codes) == np.asarray(other.codes)).all(-1).mean() >= SAME_OUTPUTS
 
 
 def test_the_loss_is_the_loss():
     """Exactly, of the damped Hessian: errors add up because U H Uᵀ = 1."""
     w, h, _ = problem(40, 48)
-    for kwargs in ({}, {"group_size": 16, "act_order": True}):
-        result = gptq(w, h, formats.int3, **kwargs)
-        np.testing.assert_allclose(result.loss, loss(w, result.w_q, damped(h)[0]), rtol=1e-4)
+    result = gptq(w, h, formats.int3, group_size=24, act_order=True)
+    np.testing.assert_allclose(result.loss, loss(w, result.w_q, damped(h)[0]), rtol=1e-4)
 
 
 def test_on_its_calibration_data_it_is_better_than_rounding():
@@ -107,7 +101,7 @@ def test_on_its_calibration_data_it_is_better_than_rounding():
         assert ours < 0.6 * loss(w, nearest, h).sum()
 
 
-@pytest.mark.parametrize("name", ["int4", "uint4", "ternary", "nf4", "mxfp4", "nvfp4", "mxint8"])
+@pytest.mark.parametrize("name", ["uint4", "nvfp4"])
 def test_without_correlations_it_rounds_to_nearest(name):
     fmt = formats.get(name)
     w, size = problem(24, 64)[0], fmt.block or 32
@@ -121,7 +115,7 @@ def test_without_correlations_it_rounds_to_nearest(name):
 
 def test_rounding_to_nearest_is_that_of_the_quantizer():
     w = problem(24, 64)[0]
-    for name, size in (("int4", 32), ("uint4", 16), ("ternary", 32), ("mxfp4", 32), ("nvfp4", 16)):
+    for name, size in (("uint4", 16), ("ternary", 32), ("mxfp4", 32)):
         q = jc.Quantizer(name, f"group:{size}").quantize(jnp.asarray(w), 1)
         scales = find_scales(w, formats.get(name), group_size=size)
         codes, values = round_to(w, formats.get(name), scales, group_size=size)
@@ -214,3 +208,10 @@ def test_an_expert_without_tokens_is_named():
     w, h, _ = problem(4, 6)
     with pytest.raises(jc.SiteError, match=r"hessian of \[\(1,\)\], 1 of 3, is zero"):
         gptq(np.stack([w] * 3), np.stack([h, 0 * h, h]), formats.int4)
+
+
+def test_many_inputs_go_in_long_chunks_one_after_the_other():
+    """Beyond 256 inputs errors are pushed on once more; scales are found and given there too."""
+    w, h, _ = problem(32, 600, tokens=1200)
+    wanted = published(w, h, symmetric(-7, 7), group=100)
+    assert same(gptq(w, h, formats.int4, group_size=100).w_q, wanted) >= 0.9

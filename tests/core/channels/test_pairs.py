@@ -156,3 +156,15 @@ def test_a_concatenation_has_one_pair_for_each_branch():
     index = {p: next(u for u in p.uses if u.site == "c").index for p in (skip, up)}
     np.testing.assert_array_equal(index[skip], [0, 1, 2, 3, -1, -1, -1, -1, -1])
     np.testing.assert_array_equal(index[up], [-1, -1, -1, -1, 0, 1, 2, 3, 4])
+
+
+def test_the_same_pairs_are_found_again():
+    """Whatever memory the terms of an analysis before have left."""
+    fn, params, inputs = NETS["mobile"]()
+    runs = set()
+    for k in range(6):
+        kept = [object() for _ in range(997 * k)]
+        found = scale_pairs(fn)(params, *inputs)
+        runs.add(str(found))
+        del kept
+    assert len(runs) == 1

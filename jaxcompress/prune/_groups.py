@@ -88,6 +88,7 @@ def groups(fn: Callable, argnums: ArgNums = 0) -> Callable[..., Groups]:
       A function of the arguments of `fn` (`jax.ShapeDtypeStruct`s will do) that returns
       `Groups`. Nothing is computed.
 
+    >>> import jax.numpy as jnp
     >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 3))}
     >>> found = groups(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"])(params, jnp.ones((2, 4)))
     >>> for group in found:

@@ -208,14 +208,14 @@ class Graph:
     dims: list[Dims]
     inputs: list[int | None]
     sites: tuple[Site, ...]
-    memo: dict[int, list[Block]] = dataclasses.field(default_factory=dict)
+    memo: dict[int, tuple[Term, list[Block]]] = dataclasses.field(default_factory=dict)
 
     def blocks(self, t: Term) -> list[Block]:
         """The blocks of a term, remembered: nothing is bound any more."""
         t = find(t)
-        if id(t) not in self.memo:
-            self.memo[id(t)] = blocks(t)
-        return self.memo[id(t)]
+        if id(t) not in self.memo:  # the term is kept alive so that its id stays its own
+            self.memo[id(t)] = t, blocks(t)
+        return self.memo[id(t)][1]
 
     @functools.cached_property
     def held(self) -> dict[Any, frozenset[Leaf]]:

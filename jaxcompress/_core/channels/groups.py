@@ -111,10 +111,10 @@ def _layers(graph: Graph) -> dict[Leaf, Leaf]:
     axes = _scans(graph)
     if not axes:
         return {}
-    common: dict[Leaf, set[Leaf]] = {}
+    common: dict[Leaf, frozenset[Leaf]] = {}
     held: dict[tuple, frozenset[Leaf]] = {}
     for n in graph.nodes:
-        under = {x for x in map(find, n.layers) if isinstance(x, Leaf)}
+        under = frozenset(x for x in map(find, n.layers) if isinstance(x, Leaf))
         shared = {*n.jaxpr.constvars}
         shared |= {v for e in n.jaxpr.eqns if e.primitive.name == "iota" for v in e.outvars}
         for v, dims in n.dims.items():
@@ -122,7 +122,7 @@ def _layers(graph: Graph) -> dict[Leaf, Leaf]:
             if key not in held:
                 held[key] = frozenset(x for t in dims for x in leaves(t))
             here = held[key]
-            around = (here & axes) | (set() if v in shared else under)
+            around = (here & axes) | (frozenset() if v in shared else under)
             for x in here:
                 mine = around - {x}
                 common[x] = common[x] & mine if x in common else mine

@@ -200,7 +200,7 @@ class Scaling:
         equal = law in ("equal", "forgotten")
         E = self.joint(space, operands, outs[0], found.outs[0], why, equal)
         if law in ("forgotten", "index"):
-            return [self.stopped(d, space, why) for d in outs]
+            return [{} for _ in outs]
         if not isinstance(law, str):
             E = _times(E, law)
         return [E, *({} for _ in outs[1:])]

@@ -82,7 +82,7 @@ def mlp():
     return fn, p, (d(3, 4, scale=1.0),)
 
 
-def gpt(layers=2, d=D):
+def gpt(layers=1, d=D):
     draw = Draw(1)
 
     def layer():
@@ -134,7 +134,7 @@ def llama(stacked):
         }
 
     p = {"emb": draw(V, D, scale=1.0), "gf": draw.near_one(D), "head": draw(D, V)}
-    p["layers"] = layer() if stacked else [layer(), layer()]
+    p["layers"] = layer() if stacked else [layer()]
 
     def block(x, q):
         h = rmsnorm(x, q["g1"])

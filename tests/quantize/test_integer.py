@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of integers: against int64 NumPy, and as training sites against float fake quantization."""
+"""Products of integers: against int64 NumPy, and at sites against float fake quantization."""
 
 import itertools
 import re
@@ -177,7 +177,7 @@ def flipped(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         far = np.abs(a - b) > SUMS * np.abs(b).max()
-        assert far.mean() < 0.02 and np.abs(a - b).max() < 0.02 * np.abs(b).max()
+        assert far.mean() < 0.02 and np.abs(a - b).max() <= 0.02 * np.abs(b).max()
 
 
 DERIVATIVES = {
@@ -193,8 +193,10 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("residuals", ["int8", "float"])
-@pytest.mark.parametrize("name", DERIVATIVES)
+@pytest.mark.parametrize(
+    ("name", "residuals"),
+    [*((name, "int8") for name in DERIVATIVES), ("grad", "float"), ("jvp", "float")],
+)
 def test_sites_are_float_fake_quantization(name, residuals):
     of = DERIVATIVES[name]
     flipped(jax.jit(lambda: of(every(net, residuals)))(), jax.jit(lambda: of(twin))())
@@ -330,7 +332,7 @@ def test_scan_over_layers_keeps_codes():
 
 def test_shard_map_over_the_contracted_axis():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
-    specs = dict(mesh=mesh, in_specs=(P("model", None), P(None, "model")), out_specs=P())
+    specs = {"mesh": mesh, "in_specs": (P("model", None), P(None, "model")), "out_specs": P()}
 
     def parallel(w, x):
         return lax.psum(x @ w, "model")

@@ -2,9 +2,10 @@
 """Products of integers over float32: int8 linear layers and convolutions, packed int4.
 
 Linear: K = 1024 terms, N = 4096 columns, M = 1, 32 and 256 rows; the activation is quantized per
-token inside what is measured, the weight is stored in int8. Convolutions: 3 x 3, 32 and 64 channels.
-int4 in groups of 128 is dequantized for a float product, as `jc.QTensor` does. onnxruntime
-(MatMulInteger, u8 x s8; MatMulNBits) runs beside where it is installed, on one thread.
+token inside what is measured, the weight is stored in int8. Convolutions: 3 x 3 of 32 and 64 channels.
+int4 in groups of 128 is a loop over groups of products of int8, or dequantized for a float one,
+as `jc.QTensor` does. onnxruntime
+(MatMulInteger, u8 x s8) runs beside where it is installed, on one thread.
 
 Usage: python benchmarks/integer.py [--short] [--rounds 15] [--out FILE]
 """
@@ -23,12 +24,18 @@ from harness import integer_products, machine, measure, pin
 from jax import lax
 
 import jaxcompress as jc
+from jaxcompress._quantize.grouped_dot import grouped_product
+from jaxcompress._quantize.straight_through import codes_of
 
 DIMS = ("NHWC", "HWIO", "NHWC")
 
 
 def compiled(fn, *args):
     return jax.jit(fn).lower(*args).compile(), args
+
+
+def in_groups(p, x):
+    return grouped_product(codes_of(x, jc.Quantizer("int8", "token"), (1,), ()), p["w"])
 
 
 def linear(m, k, n):
@@ -42,6 +49,7 @@ def linear(m, k, n):
     out = {
         "float32": compiled(dot, {"w": w}, x),
         "int8": compiled(ours, int8, x),
+        "int4 group 128": compiled(in_groups, int4, x),
         "int4 group 128, floats": compiled(jc.with_qtensors(dot), int4, x),
     }
     assert integer_products(out["int8"][0]) == 1

@@ -4,57 +4,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-from jax import lax
-
 from .._core.patterns import matches, nearest
-from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
-from . import integer, native, recipes, straight_through
-from .backward import fits, with_backward
-from .integer import CHOICES, RESIDUALS, Rounded, Spec, possible
-from .integer_dot import codes_of, operation_of
+from . import native, recipes
+from .at_site import Setting, rounded_operand, run
+from .backward import fits
+from .integer import CHOICES, RESIDUALS, Spec, possible
+from .integer_dot import operation_of
 from .native import Native
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
 from .where_integer import lay_out, pays
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is done at a site. A sequence of quantizers, one per operand; None: left in float.
-
-    Attributes:
-      operands: these quantizers.
-      gradient: the quantizer of what flows back, or None.
-      product: how the operation is computed, in integers, in small floats or laid out anew; None:
-        as written.
-    """
-
-    operands: tuple[Quantizer | None, ...]
-    gradient: Quantizer | None = None
-    product: Spec | Native | None = None
-
-    def __iter__(self) -> Iterator[Quantizer | None]:
-        return iter(self.operands)
-
-    def __getitem__(self, i: int) -> Quantizer | None:
-        return self.operands[i]
-
-    @property
-    def in_integers(self) -> bool:
-        """Whether the operation is a product of integers."""
-        return isinstance(self.product, Spec) and self.product.integers
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything is done at all."""
-        return any(self.operands) or self.gradient is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,62 +153,6 @@ class QuantizeAware(Transform):
             for i, (x, q) in enumerate(zip(operands, setting, strict=True))
         ]
         return run(site, setting, bind, rounded, learned), None
-
-
-def run(site: Site, setting: Setting, bind: Any, operands: Sequence[Rounded], learned: Any) -> Any:
-    """The operation on operands that are quantized; backward as the setting says."""
-    spec = setting.product if isinstance(setting.product, Spec) else None
-    if spec is not None and not _fitting(spec, operands):
-        spec = None
-    if setting.gradient is None and spec is None:
-        return bind(*(x.value for x in operands))
-    operands = [Rounded(dequantized(x.value), x.codes) for x in operands]
-    if setting.gradient is None:
-        assert spec is not None
-        return integer.run(spec, *operands)
-    key = (learned or {}).get("key")
-    return with_backward(site, bind, operands, setting.gradient, key, spec)
-
-
-def _fitting(spec: Spec, operands: Sequence[Rounded]) -> bool:
-    """Whether operands are what a product takes: codes, or arrays; nothing that a mesh splits."""
-    if spec.integers and any(x.codes is None for x in operands):
-        return False
-    if not spec.integers and any(is_qtensor(x.value) for x in operands):
-        return False
-    arrays = [x.codes.codes if x.codes is not None else x.value for x in operands]
-    return not any(any(jax.typeof(x).sharding.spec) for x in arrays)
-
-
-def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
-    """The operands of a site rounded to their formats; packed weights already are."""
-    pairs = enumerate(zip(operands, setting, strict=True))
-    return [rounded_operand(site, i, q, x, False).value for i, (x, q) in pairs]
-
-
-def rounded_operand(
-    site: Site, i: int, quantizer: Quantizer | None, x: Any, codes: bool
-) -> Rounded:
-    """Operand `i` rounded to its format; with its codes if they are asked for and known."""
-    axis = site.contracting(i)
-    if is_qtensor(x):
-        return packed_operand(x, axis, codes)
-    if quantizer is None:
-        return Rounded(x)
-    sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
-    value = quantizer.fake_quantize(x, axis, sync=sync)
-    if not codes:
-        return Rounded(value)
-    x = lax.stop_gradient(x)
-    return Rounded(value, straight_through.codes_of(x, quantizer, axis, sync))
-
-
-def packed_operand(q: Any, axis: Sequence[int], codes: bool) -> Rounded:
-    """A packed weight; with its codes if they are asked for, and scales are of whole rows."""
-    known = codes_of(q) if codes else None
-    if known is None or any(known.scale.shape[a] != 1 for a in axis):
-        return Rounded(q)
-    return Rounded(q, known)
 
 
 def setting_of(site: Site, rule: Rule) -> Setting:
@@ -435,9 +344,9 @@ def quantize_aware(
       A function with the signature of `fn`, and `quantize_key=` if gradients are rounded at random.
 
     Raises:
-      RecipeError: unknown recipe or option, or (when called) a rule that matches nothing, two rules that
-        disagree on one array, a recipe with stored ranges around plain parameters, or
-        `quantize_key` missing or given for nothing; `integer=True` and no such product.
+      RecipeError: unknown recipe or option, or (when called) a rule that matches nothing, two
+        rules that disagree on one array, a recipe with stored ranges around plain parameters,
+        `quantize_key` missing or given for nothing, or `integer=True` and no such product.
       SiteError: a matched operation cannot be handled; a group that does not divide; a second
         derivative through int8 codes.
 

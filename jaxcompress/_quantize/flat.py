@@ -15,6 +15,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Parameters of a convolution that say what it computes.
@@ -102,7 +104,17 @@ def _shape(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> tuple[int, ...]:
 def matmul(a: jax.Array, b: jax.Array, i: int, j: int, precision: Any, dtype: Any) -> jax.Array:
     """Sum over axis `i` of a and axis `j` of b."""
     numbers = (((i,), (j,)), ((), ()))
-    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
+
+    def padded(a: jax.Array, b: jax.Array) -> jax.Array:
+        a = lax.pad(a, np.zeros((), a.dtype), [(0, int(d != i), 0) for d in range(2)])
+        return lax.slice_in_dim(product(a, b), 0, 1)
+
+    if dtype == jnp.int32 and a.shape[1 - i] == 1:  # XLA has no fast kernel for one row of int8
+        return lax.platform_dependent(a, b, cpu=padded, default=product)
+    return product(a, b)
 
 
 def conv(lhs: jax.Array, rhs: jax.Array, params: tuple, dtype: Any) -> jax.Array:

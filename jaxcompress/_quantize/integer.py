@@ -105,11 +105,14 @@ def run(spec: Spec, lhs: Rounded, rhs: Rounded) -> Any:
     return _jitted(lhs.value, rhs.value, lhs.codes, rhs.codes, spec)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _product(lv: Any, rv: Any, lc: Any, rc: Any, spec: Spec) -> tuple[Any, Any]:
+def _both(lv: Any, rv: Any, lc: Any, rc: Any, spec: Spec) -> tuple[Any, Any]:
     """(the product, the one that was written, for whoever puts it in its place)."""
     out = product(spec.op, lc, rc) if spec.integers else spec.of_left(lv, rv)
     return out, spec.plain(lv, rv)
+
+
+_both.__name__ = INTEGER
+_product = jax.custom_jvp(_both, nondiff_argnums=(4,))
 
 
 @functools.partial(_product.defjvp, symbolic_zeros=True)
@@ -152,5 +155,4 @@ def _again(primals, tangents):
     )
 
 
-_product.__name__ = _product.__qualname__ = INTEGER
 _jitted = jax.jit(_product, static_argnums=(4,))

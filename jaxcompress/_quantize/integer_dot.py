@@ -61,11 +61,11 @@ class Dot(NamedTuple):
         """Sums of products of int8 in int32."""
         return flat.dot(lhs, rhs, self.numbers, None, jnp.int32)
 
-    def total(self, x: jax.Array, i: int) -> jax.Array:
-        """Sums of operand `i` alone, in the shape of its scales."""
-        axes = self.numbers[0][i]
-        x = lax.convert_element_type(x, jnp.int32)
-        return lax.expand_dims(lax.reduce(x, np.int32(0), lax.add, axes), sorted(axes))
+    def alone(self, pair: tuple[jax.Array, jax.Array], i: int, ndim: int) -> jax.Array:
+        """Sums of operand `i` of a pair without the other, in the layout of the result."""
+        axes, x = self.numbers[0][i], lax.convert_element_type(pair[i], jnp.int32)
+        x = lax.expand_dims(lax.reduce(x, np.int32(0), lax.add, axes), sorted(axes))
+        return self.spread(x, i, ndim)
 
     def spread(self, x: jax.Array, i: int, ndim: int) -> jax.Array:
         """What has one value for each row of operand `i`, in the layout of the result."""
@@ -90,8 +90,14 @@ class Conv(NamedTuple):
     def sums(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return flat.conv(lhs, rhs, self.params, jnp.int32)
 
-    def total(self, x: jax.Array, i: int) -> jax.Array:
-        raise NotImplementedError("padding makes it depend on the position")
+    def alone(self, pair: tuple[jax.Array, jax.Array], i: int, ndim: int) -> jax.Array:
+        """As of `Dot`. What padding adds is zero whatever the zero point: it is not counted."""
+        ones = [lax.full_like(x, 1) for x in pair]
+        if i == 1:  # the same for all examples
+            ones[0] = lax.slice_in_dim(
+                ones[0], 0, 1, axis=dict(self.params)["dimension_numbers"].lhs_spec[0]
+            )
+        return self.sums(*((pair[0], ones[1]) if i == 0 else (ones[0], pair[1])))
 
     def spread(self, x: jax.Array, i: int, ndim: int) -> jax.Array:
         numbers = dict(self.params)["dimension_numbers"]
@@ -140,31 +146,26 @@ def product(op: Operation, lhs: Codes, rhs: Codes) -> jax.Array:
 
 
 def _correction(op: Operation, lhs: Codes, rhs: Codes, shape: tuple[int, ...]) -> jax.Array:
-    """z_l sum q_r + z_r sum q_l - z_l z_r n, int32 in the shape of the result."""
-    zeros = [
+    """z_l sum q_r + z_r (sum q_l - n z_l), int32 in the shape of the result."""
+    zl, zr = (
         None if x.zero_point is None else _like(op.spread(x.zero_point, i, len(shape)), shape)
         for i, x in enumerate((lhs, rhs))
-    ]
-    if isinstance(op, Dot):
-        n = op.terms(lhs.codes.shape, rhs.codes.shape)
-        others = [
-            None if z is None else _like(op.spread(op.total(x, i), i, len(shape)), shape)
-            for z, x, i in ((zeros[0], rhs.codes, 1), (zeros[1], lhs.codes, 0))
-        ]
-        both = n
-    else:  # what padding adds is zero, whatever the zero point: sums are of what is inside
-        numbers = dict(op.params)["dimension_numbers"]
-        one = [n if d != numbers.lhs_spec[0] else 1 for d, n in enumerate(lhs.codes.shape)]
-        ones = [lax.full(s, 1, jnp.int8) for s in (one, rhs.codes.shape)]
-        others = [
-            None if zeros[0] is None else _like(op.sums(ones[0], rhs.codes), shape),
-            None if zeros[1] is None else op.sums(lhs.codes, ones[1]),
-        ]
-        both = None if None in zeros else _like(op.sums(*ones), shape)
-    parts = [lax.mul(z, x) for z, x in zip(zeros, others, strict=True) if z is not None]
-    if len(parts) == 1:
-        return parts[0]
-    return lax.sub(lax.add(*parts), lax.mul(lax.mul(*zeros), jnp.int32(both)))
+    )
+    pair, out = (lhs.codes, rhs.codes), None
+
+    def alone(pair: tuple[jax.Array, jax.Array], i: int) -> jax.Array:
+        return _like(op.alone(pair, i, len(shape)), shape)
+
+    if zl is not None:
+        out = lax.mul(zl, alone(pair, 1))
+    if zr is not None:
+        rest = alone(pair, 0)
+        if zl is not None:
+            ones = lax.full_like(rhs.codes, 1)
+            rest = lax.sub(rest, lax.mul(zl, alone((lhs.codes, ones), 1)))
+        out = lax.mul(zr, rest) if out is None else lax.add(out, lax.mul(zr, rest))
+    assert out is not None
+    return out
 
 
 def whole(fmt: Format) -> bool:

@@ -101,7 +101,9 @@ def apply(
         for i, (x, q) in enumerate(zip(operands, quantizers, strict=True))
     ]
     (lhs, lq), (rhs, rq) = pairs
-    if lq is None or rq is None:
+    arrays = [x for x in (lhs, rhs) if not is_qtensor(x)]
+    split = any(any(jax.typeof(x).sharding.spec) for x in arrays)  # a mesh of explicit axes
+    if lq is None or rq is None or split:
         return bind(lhs, rhs)
     return _jitted(lhs, rhs, lq, rq, spec)[0]
 

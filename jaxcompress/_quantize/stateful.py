@@ -22,7 +22,8 @@ from .._core.sites import Site
 from .._core.transform import Transformed
 from .._errors import RecipeError, SiteError
 from . import layout, recipes, state
-from .aware import QuantizeAware, Setting, rounded_operand, run
+from .at_site import Setting, rounded_operand, run
+from .aware import QuantizeAware
 from .dorefa import dorefa_activation, dorefa_weight
 from .integer import Rounded
 from .integer_dot import Codes, codes_from_grid
@@ -161,7 +162,8 @@ def _codes(
     """The codes of what `_rounded` makes of operand `i` in its range."""
     x, learned, kept = lax.stop_gradient((x, learned, kept))
     v, _, _ = state.blocked(quantizer, x, site.contracting(i))
-    return codes_from_grid(*_grid(quantizer, v, learned, kept), quantizer.format)
+    grid, scale, zero = _grid(quantizer, v, learned, kept)
+    return codes_from_grid(grid, scale, zero, quantizer.format)
 
 
 def _grid(quantizer: Quantizer, v: jax.Array, learned: Any, kept: Any) -> tuple:

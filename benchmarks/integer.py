@@ -2,7 +2,7 @@
 """Products of integers over float32: int8 linear layers and convolutions, packed int4.
 
 Linear: K = 1024 terms, N = 4096 columns, M = 1, 32 and 256 rows; the activation is quantized per
-token inside what is measured, the weight is stored in int8. Convolutions: 3 x 3 of 32 and 64 channels.
+token inside what is measured, the weight is stored in int8. Convolutions: 3 x 3, 32, 64 channels.
 int4 in groups of 128 is a loop over groups of products of int8, or dequantized for a float one,
 as `jc.QTensor` does. onnxruntime
 (MatMulInteger, u8 x s8) runs beside where it is installed, on one thread.

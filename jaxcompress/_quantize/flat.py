@@ -89,7 +89,7 @@ def dot_for_right(
     barrier, turned = lax.optimization_barrier, functools.partial(lax.transpose, permutation=(1, 0))
     if j == 1:  # its gradient is g^T l
         y = turned(barrier(matmul(right, left, 1, 1, precision, dtype)))
-    elif m * n + k * n < m * k:  # (g^T l)^T
+    elif isinstance(m, int) and m * n + k * n < m * k:  # (g^T l)^T
         y = turned(barrier(matmul(barrier(turned(right)), left, 1, 1, precision, dtype)))
     else:  # l^T g
         y = matmul(barrier(turned(left)), right, 0, 0, precision, dtype)

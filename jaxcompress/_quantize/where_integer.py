@@ -63,5 +63,7 @@ def lay_out(op: Operation, site: Site, platform: str | None = None) -> bool:
     if found is None or found[0].summed != 1:
         return False
     (rows, terms), columns = found[0].shape, found[1].shape[1 - found[1].summed]
+    if not all(isinstance(n, int) for n in (rows, terms, columns)):
+        return False  # exported for sizes that are not known yet
     enough = all(n >= least for n, least in zip((rows, terms, columns), _DOT, strict=True))
     return enough and rows * terms * columns >= _WORK

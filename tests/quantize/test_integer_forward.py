@@ -442,6 +442,17 @@ def test_a_whole_step_differentiates_integers():
     assert integer_dots(every(step), W, X) == (2, 2)
 
 
+def test_export_for_any_batch():
+    """The size is unknown when the choice is made: floats by default, integers if told."""
+    args = W["a"], jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 16"), jnp.float32)
+    dot = lambda w, x: x @ w  # noqa: E731
+    for integer, count in (("auto", 0), (True, 1)):
+        f = jc.quantize_aware(dot, "w8a8", integer=integer)
+        exported = jax.export.export(jax.jit(f))(*args)
+        assert exported.mlir_module().count("xi8>) -> tensor<?x32xi32>") == count
+        assert_same(exported.call(W["a"], X[0]), token(X[0]) @ weight(W["a"]), SUMS)
+
+
 def test_options_are_checked():
     with pytest.raises(
         jc.RecipeError, match=r"integer='yes': expected one of \('auto', True, False\)"

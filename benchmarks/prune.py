@@ -6,8 +6,9 @@
 3. RigL's update of one layer, dropping and growing, against two rankings by argsort, each a sort
    of a sort.
 
-Masks of both ways are compared. All variants take turns (A B A B) in one process; ratios are of
-medians of the time that the process has had of its processors.
+Masks of both ways are compared. All variants take turns (A B A B) in one process, two calls each of
+which the second counts; ratios are of medians of the time that the process has had of its
+processors.
 
 Usage: python benchmarks/prune.py [--rounds 15] [--size 2048]
 """
@@ -33,6 +34,7 @@ def ratio(title, variants, args, rounds, bound):
     times = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, fn in variants.items():
+            jax.block_until_ready(fn(*args[name]))  # memory that the other one gave back
             start = time.process_time()
             jax.block_until_ready(fn(*args[name]))
             times[name].append(time.process_time() - start)

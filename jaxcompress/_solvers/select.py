@@ -8,7 +8,7 @@ counts travel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,30 +38,32 @@ def largest(scores: Sequence[jax.Array], count: Any) -> list[jax.Array]:
     count = jnp.asarray(count, jnp.int32)
     width = 64 if wide else 32
 
-    def above(high: jax.Array, low: jax.Array) -> list[jax.Array]:
+    def total(masks: Sequence[jax.Array]) -> jax.Array:
+        parts = [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
+        return sum(parts, start=jnp.zeros((), jnp.int32))
+
+    def bisected(bits: int, dtype: Any, exact: Any, above: Callable) -> tuple:
+        """The largest number above which there are `count`, and whether there are just as many."""
+
+        def step(state: tuple) -> tuple:
+            i, found, _ = state
+            higher = found | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+            n = total(above(higher))
+            return i + 1, jnp.where(n >= count, higher, found), n == count
+
+        start = (jnp.int32(0), jnp.zeros((), dtype), exact)
+        _, found, exact = lax.while_loop(lambda s: ~s[2] & (s[0] < bits), step, start)
+        return found, exact
+
+    # First a score, then, where it is not the only one of its value, a place among the equal.
+    dtype = keys[0][0].dtype
+    high, exact = bisected(width, dtype, count == 0, lambda t: [k >= t for k, _ in keys])
+
+    def among_equals(low: jax.Array) -> list[jax.Array]:
         return [(k > high) | ((k == high) & (p >= low)) for k, p in keys]
 
-    def step(state: tuple) -> tuple:
-        i, high, low, _ = state
-        bit = width - 1 - i  # of the score while it is not negative, then of the place
-        one, other = jnp.ones((), high.dtype), jnp.ones((), low.dtype)
-        score = one << jnp.maximum(bit, 0).astype(high.dtype)
-        place = other << jnp.maximum(bit + 32, 0).astype(low.dtype)
-        higher = jnp.where(bit >= 0, high | score, high)
-        lower = jnp.where(bit < 0, low | place, low)
-        parts = [jnp.sum(mask, dtype=jnp.int32) for mask in above(higher, lower)]
-        total = sum(parts, start=jnp.zeros((), jnp.int32))
-        enough = total >= count
-        high, low = jnp.where(enough, higher, high), jnp.where(enough, lower, low)
-        return i + 1, high, low, total == count
-
-    def unfinished(state: tuple) -> jax.Array:
-        i, *_, exact = state
-        return ~exact & (i < width + 32)
-
-    first = (jnp.int32(0), jnp.zeros((), keys[0][0].dtype), jnp.uint32(0), count == 0)
-    _, high, low, _ = lax.while_loop(unfinished, step, first)
-    return [mask & (count > 0) for mask in above(high, low)]
+    low, _ = bisected(32, jnp.uint32, exact, among_equals)
+    return [mask & (count > 0) for mask in among_equals(low)]
 
 
 def _ordered(x: jax.Array, wide: bool) -> jax.Array:

@@ -212,8 +212,9 @@ def test_what_the_data_does_not_tell_is_an_error_or_a_warning():
     with pytest.warns(UserWarning, match="`a/w` saw 3 calibration tokens: .* rank 3 at most of 16"):
         small = run(mlp, MLP, {"calibration": [X[0][:3]]}, sequential=False)
     assert any("rank 3 at most of 16" in row.reason for row in small.report.rows)
+    both = jc.Recipe([jc.Rule("*", "int4")])  # two blocks, so two walks
     with pytest.raises(jc.JaxCompressError, match="several times"):
-        run(mlp, MLP, {"calibration": iter(X)})
+        jc.quantize(mlp, MLP, both, calibration=iter(X), method="gptq")
     run(mlp, MLP, {"calibration": iter(X)}, sequential=False)
     held = jc.quant_params(mlp, "w8a8-static")(MLP, X[0])
     with pytest.raises(jc.RecipeError, match="change what flows through the sites"):

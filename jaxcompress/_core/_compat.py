@@ -63,6 +63,19 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(getattr(jax.typeof(x).manual_axis_type, "varying", ()))
 
 
+def second_result(eqn: Any) -> tuple[Any, list[bool]] | None:
+    """The jaxpr of the second of two results of a jit around a custom_jvp call, and which of its
+    operands it reads; None if that is not what the equation is (it was differentiated)."""
+    eqns = open_jaxpr(eqn.params["jaxpr"])[0].eqns
+    if len(eqns) != 1 or eqns[0].primitive.name != "custom_jvp_call":
+        return None
+    jaxpr, consts = open_jaxpr(eqns[0].params["call_jaxpr"])
+    if len(jaxpr.outvars) != 2 or consts:
+        return None
+    inner, used = _pe.dce_jaxpr(jaxpr, [False, True])
+    return inner, list(used)
+
+
 @contextlib.contextmanager
 def equation_scope(eqn: Any) -> Iterator[None]:
     """The name stack, source line and configuration that the equation was traced under."""

@@ -32,6 +32,7 @@ from .sites import LOOKUPS, OPERATIONS, row_axes
 
 MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
 FAKE = MARK + "fake_"  # jaxcompress_fake_quantize: the value is owned by the kind after the prefix
+INTEGER = MARK + "integer"  # a site in integers, and in floats for those who change it
 OPAQUE = MARK + "opaque"  # a region that is left alone and hidden
 ORDERS = 3  # how often a custom_vjp whose forward rule calls itself can be differentiated
 
@@ -245,10 +246,21 @@ def _jit(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     if name.startswith(FAKE):
         out = ins[0]._replace(owners=ins[0].owners | {name[len(FAKE) :]})
         return [out] * len(eqn.outvars)
+    if name == INTEGER and (plain := _compat.second_result(eqn)) is not None:
+        return _integer(state, i, plain, ins)
     if name == state.analyzer.mark or name == OPAQUE:
         state.found.owned.add(name)
         return [DATA] * len(eqn.outvars)
     return _call(state, i, eqn, ins)
+
+
+def _integer(state: _State, i: int, plain: Any, ins: list[Label]) -> list[Label]:
+    """A site that is computed in integers: what it says it computes is its product of floats."""
+    jaxpr, used = plain
+    result = state.enter(jaxpr, [label for label, u in zip(ins, used, strict=True) if u])
+    state.found.extra[i] = plain
+    state.record(i, [result])
+    return result[2] * 2
 
 
 def _call(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:

@@ -128,6 +128,8 @@ def _bodies(eqn: Any, found: Analysis, i: int) -> list[Any]:
     elif name == "custom_vjp_call":
         rule = found.extra[i]
         jaxprs = [p["call_jaxpr"], *([rule.jaxpr] if rule else [])]
+    elif i in found.extra:  # a site in integers
+        jaxprs = [found.extra[i][0]]
     else:
         jaxprs = [p[CALLS[name]]]
     return [_compat.open_jaxpr(j)[0] for j in jaxprs]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from .._core.qtensor import is_qtensor, nbytes
 from .._core.sites import Site
 from .._core.transform import Traced
-from .aware import QuantizeAware, Setting, describe, why_not
+from .at_site import Setting
+from .aware import QuantizeAware, describe, why_not
 from .recipe import Recipe
 
 

@@ -4,42 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._core.patterns import matches, nearest
-from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transform, transformed_function
 from .._errors import FormatError, RecipeError, SiteError
 from . import recipes
-from .backward import fits, with_backward
+from .at_site import Setting, rounded_operand, run
+from .backward import fits
+from .integer import CHOICES, RESIDUALS, Spec, possible
+from .integer_dot import operation_of
 from .quantizer import Quantizer
 from .recipe import Recipe, Rule
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is done at a site. A sequence of quantizers, one per operand; None: left in float.
-
-    Attributes:
-      operands: these quantizers.
-      gradient: the quantizer of what flows back, or None.
-    """
-
-    operands: tuple[Quantizer | None, ...]
-    gradient: Quantizer | None = None
-
-    def __iter__(self) -> Iterator[Quantizer | None]:
-        return iter(self.operands)
-
-    def __getitem__(self, i: int) -> Quantizer | None:
-        return self.operands[i]
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything is done at all."""
-        return any(self.operands) or self.gradient is not None
+from .where_integer import lay_out, pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +26,13 @@ class QuantizeAware(Transform):
     """Fake quantization with straight-through gradients, as a recipe says."""
 
     recipe: Recipe
+    integer: str | bool = "auto"
+    residuals: str = "int8"
+
+    def __post_init__(self):
+        for name, choices in (("integer", CHOICES), ("residuals", RESIDUALS)):
+            if (value := getattr(self, name)) not in choices:
+                raise RecipeError(f"{name}={value!r}: expected one of {choices}.")
 
     kind = "quantize"
     takes_packed = True
@@ -73,7 +59,23 @@ class QuantizeAware(Transform):
         for site in sites:
             if site.name in settings:
                 _fits(site, settings[site.name])
-        return {name: s for name, s in settings.items() if s.changes}
+        named = {site.name: site for site in sites}
+        return {
+            name: dataclasses.replace(s, product=self.product(named[name], s))
+            for name, s in settings.items()
+            if s.changes
+        }
+
+    def product(self, site: Site, setting: Setting) -> Spec | None:
+        """How the operation of a site is computed; None if it is as it was written."""
+        op, params = operation_of(site), tuple(sorted(site.params.items()))
+        if op is None or not site.floating:
+            return None
+        if self.integer is not False and possible(op, site, setting.operands):
+            affine = any(q is not None and not q.symmetric for q in setting.operands)
+            if self.integer is True or pays(op, site, affine):
+                return Spec(op, params, True, self.residuals)
+        return Spec(op, params, False) if lay_out(op, site) else None
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
@@ -98,7 +100,14 @@ class QuantizeAware(Transform):
                 f"{', '.join(f'`{p}`' for p in parameters[:5]) or '(none)'}. Does argnums name "
                 "the argument that holds the parameters?"
             )
-        self.choose(sites)  # rules that disagree in two functions that are differentiated
+        # Raises if rules disagree in two functions that are differentiated.
+        settings = self.choose(sites)
+        if self.integer is True and not any(s.in_integers for s in settings.values()):
+            raise RecipeError(
+                f"integer=True, and recipe `{self.recipe.name}` has no product of integers: both "
+                "operands need an integer format of up to 8 bits whose scales are not shared by "
+                f'groups, as in "w8a8". Sites: {_listed(sites)}. Use integer="auto".'
+            )
 
     def _unmatched(
         self, rule: Rule, matched: Sequence[Site], sites: Sequence[Site], parameters: Sequence[str]
@@ -133,27 +142,11 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
-        return run(site, setting, bind, quantized(site, setting, operands), learned), None
-
-
-def run(site: Site, setting: Setting, bind: Any, operands: Sequence, learned: Any) -> Any:
-    """The operation on operands that are quantized; backward as the setting says."""
-    if setting.gradient is None:
-        return bind(*operands)
-    operands = [dequantized(x) for x in operands]
-    return with_backward(site, bind, operands, setting.gradient, (learned or {}).get("key"))
-
-
-def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
-    """The operands of a site rounded to their formats; packed weights already are."""
-    out = []
-    for i, (value, quantizer) in enumerate(zip(operands, setting, strict=True)):
-        if quantizer is not None and not is_qtensor(value):
-            axis = site.contracting(i)
-            sync = site.operands[i].split_over(quantizer.shared_axes(value.shape, axis))
-            value = quantizer.fake_quantize(value, axis, sync=sync)
-        out.append(value)
-    return out
+        rounded = [
+            rounded_operand(site, i, q, x, setting.in_integers)
+            for i, (x, q) in enumerate(zip(operands, setting, strict=True))
+        ]
+        return run(site, setting, bind, rounded, learned), None
 
 
 def setting_of(site: Site, rule: Rule) -> Setting:
@@ -185,7 +178,8 @@ def why_not(site: Site, rule: Rule) -> str:
             f"from outside. Rewrite it with jax.lax operations, or leave it in float with "
             f'Rule("{site.name}", None).'
         )
-    if not site.floating:
+    owned = any("quantize" in o.owners for o in site.operands)
+    if not site.floating and not owned:
         return "operands are not real floating-point numbers"
     if site.op == "gather" and rule.gradient and rule.weight is rule.activation is None:
         return "a lookup has no backward matmul"
@@ -198,7 +192,7 @@ def why_not(site: Site, rule: Rule) -> str:
         return "" if rule.op == site.op else "product of two activations"
     if not reads_data and site.op != "gather":
         return "computed from parameters only: its result is stored"
-    if not rule.leaves_alone and any("quantize" in o.owners for o in site.operands):
+    if not rule.leaves_alone and owned:
         raise SiteError(
             f"`{site.name}` is already quantized by another recipe, and rule "
             f"{rule.pattern!r} would quantize it again. Exclude it with "
@@ -293,7 +287,14 @@ def _listed(sites: Sequence[Site]) -> str:
     )
 
 
-def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) -> Callable:
+def quantize_aware(
+    fn: Callable,
+    recipe: str | Recipe,
+    *,
+    argnums: ArgNums = 0,
+    integer: str | bool = "auto",
+    residuals: str = "int8",
+) -> Callable:
     """Returns `fn` with the operands of its matmuls, convolutions and embeddings quantized.
 
     At every chosen site x becomes q(x), the nearest value of its format, and the gradient passes
@@ -315,6 +316,12 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
     with `rounding="stochastic"`, the result takes the extra keyword `quantize_key=`, a random key
     that should be new at every step; it is needed where something is differentiated.
 
+    Where both operands of a matmul or convolution are integers of up to 8 bits, the forward pass
+    may be a product of integers with sums in int32, the one that is served: the same numbers up
+    to the rounding of float sums (and of operands that are not float32). Derivatives are the
+    same, in forward and reverse mode; what is kept for the backward pass are int8 codes. By
+    default this is chosen where it is known to be faster: on CPUs, by the shape of the product.
+
     Steps that change Flax NNX objects in place work too: what they differentiate is transformed.
     A model of `jc.quant_params` keeps the state of such a step.
 
@@ -322,15 +329,20 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
       fn: a forward pass, a loss, or a function that calls `jax.grad` and its relatives.
       recipe: name of a recipe, or a `Recipe`.
       argnums: position (or name) of the argument that holds the parameters, or several.
+      integer: where products are computed in integers: "auto", where it is faster; True, wherever
+        formats and scales allow it; False, nowhere.
+      residuals: what such products keep: "int8", codes, which can be differentiated once (a second
+        derivative raises); or "float", rounded values, which can be any number of times.
 
     Returns:
       A function with the signature of `fn`, and `quantize_key=` if gradients are rounded at random.
 
     Raises:
-      RecipeError: unknown recipe, or (when called) a rule that matches nothing, two rules that
-        disagree on one array, a recipe with stored ranges around plain parameters, or
-        `quantize_key` missing or given for nothing.
-      SiteError: a matched operation cannot be handled; a group that does not divide.
+      RecipeError: unknown recipe or option, or (when called) a rule that matches nothing, two
+        rules that disagree on one array, a recipe with stored ranges around plain parameters,
+        `quantize_key` missing or given for nothing, or `integer=True` and no such product.
+      SiteError: a matched operation cannot be handled; a group that does not divide; a second
+        derivative through int8 codes.
 
     >>> import jax, jax.numpy as jnp
     >>> loss = lambda w, x: ((x @ w) ** 2).sum()
@@ -344,4 +356,4 @@ def quantize_aware(fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0) 
 
     chosen = recipes.get(recipe)
     kind = StatefulQuantizeAware if needs_state(chosen) else QuantizeAware
-    return transformed_function(fn, kind(chosen), argnums)
+    return transformed_function(fn, kind(chosen, integer, residuals), argnums)

@@ -29,6 +29,8 @@ from .. import formats
 from .._core import _compat
 from .._core.sites import Operand, Site
 from .._errors import FormatError, RecipeError, SiteError
+from . import integer
+from .integer import Rounded, Spec
 from .quantizer import Quantizer
 
 _KINDS = (formats.Integer, formats.Minifloat, formats.BFloat16, formats.MX, formats.NVFP4)
@@ -149,7 +151,14 @@ def fits(site: Site, gradient: Quantizer) -> None:
             ) from None
 
 
-def with_backward(site: Site, bind: Any, operands: Sequence, gradient: Quantizer, key: Any) -> Any:
+def with_backward(
+    site: Site,
+    bind: Any,
+    operands: Sequence[Rounded],
+    gradient: Quantizer,
+    key: Any,
+    spec: Spec | None = None,
+) -> Any:
     """The operation on these operands, with its two backward products quantized.
 
     Differentiable in reverse mode only: a `custom_vjp`.
@@ -160,6 +169,7 @@ def with_backward(site: Site, bind: Any, operands: Sequence, gradient: Quantizer
       operands: as the forward pass reads them; their own quantizers are outside.
       gradient: quantizer of the cotangent.
       key: random key of the site, for stochastic rounding; else None.
+      spec: how the forward pass is computed in integers, or None.
     """
     known = products(site)
     assert known is not None
@@ -170,17 +180,19 @@ def with_backward(site: Site, bind: Any, operands: Sequence, gradient: Quantizer
         return quantizer.fake_quantize(x, axis, sync=sync, key=key)
 
     @jax.custom_vjp
-    def op(operands: tuple, rest: tuple, key: Any) -> Any:
+    def op(operands: tuple, codes: tuple, rest: tuple, key: Any) -> Any:
+        if spec is not None:
+            return integer.run(spec, *map(Rounded, operands, codes))
         return bind._replace(rest=rest)(*operands)
 
-    def forward(operands: tuple, rest: tuple, key: Any) -> Any:
+    def forward(operands: tuple, codes: tuple, rest: tuple, key: Any) -> Any:
         if gradient.rounding == "stochastic" and key is None:
             raise RecipeError(
                 f"the gradient of `{site.name}` is rounded at random, and there is no key: call "
                 "the function that jaxcompress.quantize_aware returned with "
                 "quantize_key=jax.random.key(...), a new one at every step."
             )
-        return op(operands, rest, key), (operands, rest, key)
+        return op(operands, codes, rest, key), (operands, rest, key)
 
     def backward(saved: Any, g: jax.Array) -> tuple:
         operands, rest, key = saved
@@ -196,10 +208,11 @@ def with_backward(site: Site, bind: Any, operands: Sequence, gradient: Quantizer
                 return bind._replace(rest=rest)(*pair)
 
             grads += jax.linear_transpose(linear, operands[i])(dy)
-        return tuple(grads), None, None
+        return tuple(grads), None, None, None
 
     op.defvjp(forward, backward)
-    return op(tuple(operands), bind.rest, key)
+    values, codes = zip(*operands, strict=True)
+    return op(values, codes if spec is not None else (), bind.rest, key)
 
 
 def _mixed(key: Any, g: jax.Array) -> Any:

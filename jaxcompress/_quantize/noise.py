@@ -14,7 +14,8 @@ from jax import lax
 
 from .._core import _compat
 from .._core.sites import Site
-from .aware import QuantizeAware, quantized
+from .at_site import quantized
+from .aware import QuantizeAware
 
 
 @dataclasses.dataclass(frozen=True)

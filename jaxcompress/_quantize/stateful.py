@@ -22,8 +22,11 @@ from .._core.sites import Site
 from .._core.transform import Transformed
 from .._errors import RecipeError, SiteError
 from . import layout, recipes, state
-from .aware import QuantizeAware, Setting, run
+from .at_site import Setting, rounded_operand, run
+from .aware import QuantizeAware
 from .dorefa import dorefa_activation, dorefa_weight
+from .integer import Rounded
+from .integer_dot import Codes, codes_from_grid
 from .lsq import lsq, lsq_codes
 from .pact import pact
 from .quantizer import Quantizer
@@ -115,20 +118,18 @@ class StatefulQuantizeAware(QuantizeAware):
                     raise RecipeError(_other_model(site, slot, quantizer, want, got, given))
 
     def apply(self, site, setting, bind, operands, learned, state):
-        values, new = [], dict(state or {})
+        rounded, new = [], dict(state or {})
+        in_codes = setting.in_integers
         for i, (slot, x, quantizer) in enumerate(zip(slots(site), operands, setting, strict=True)):
-            if is_qtensor(x):
-                pass  # a packed weight is on its grid
-            elif quantizer is not None and quantizer.special:
-                own = (learned or {}).get(slot)
-                x, range_ = _rounded(site, i, quantizer, x, own, new.get(slot))
-                new |= {} if range_ is None else {slot: range_}
-            elif quantizer is not None:
-                axis = site.contracting(i)
-                sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
-                x = quantizer.fake_quantize(x, axis, sync=sync)
-            values.append(x)
-        return run(site, setting, bind, values, learned), new or None
+            if quantizer is None or not quantizer.special or is_qtensor(x):
+                rounded.append(rounded_operand(site, i, quantizer, x, in_codes))
+                continue
+            own = (learned or {}).get(slot)
+            value, range_ = _rounded(site, i, quantizer, x, own, new.get(slot))
+            new |= {} if range_ is None else {slot: range_}
+            codes = _codes(site, i, quantizer, x, own, range_) if in_codes else None
+            rounded.append(Rounded(value, codes))
+        return run(site, setting, bind, rounded, learned), new or None
 
 
 def _rounded(
@@ -152,6 +153,24 @@ def _rounded(
     return back(state.in_range(quantizer, v, new["low"], new["high"])), new
 
 
+def _codes(
+    site: Site, i: int, quantizer: Quantizer, x: jax.Array, learned: Any, kept: Any
+) -> Codes:
+    """The codes of what `_rounded` makes of operand `i` in its range."""
+    x, learned, kept = lax.stop_gradient((x, learned, kept))
+    v, _, _ = state.blocked(quantizer, x, site.contracting(i))
+    grid, scale, zero = _grid(quantizer, v, learned, kept)
+    return codes_from_grid(grid, scale, zero, quantizer.format)
+
+
+def _grid(quantizer: Quantizer, v: jax.Array, learned: Any, kept: Any) -> tuple:
+    """(numbers of the grid, scale, zero point or None) in a learned step or a stored range."""
+    if learned is not None:
+        fmt = quantizer.format
+        return *lsq_codes(v, learned["step"], -fmt.min, fmt.max), None
+    return state.codes_in_range(quantizer, v, kept["low"], kept["high"])
+
+
 def packed_in_range(
     quantizer: Quantizer, x: jax.Array, axis: tuple[int, ...], learned: Any, kept: Any
 ) -> QTensor:
@@ -168,11 +187,8 @@ def packed_in_range(
 def _packed_in_range(x, learned, kept, quantizer, axis):
     v, _, _ = state.blocked(quantizer, x, axis)
     blocks = layout.cut(x.shape, axis, quantizer.granularity, quantizer.indivisible)[0]
-    fmt, zero = quantizer.format, None
-    if learned is not None:
-        codes, scale = lsq_codes(v, learned["step"], -fmt.min, fmt.max)
-    else:
-        codes, scale, zero = state.codes_in_range(quantizer, v, kept["low"], kept["high"])
+    fmt = quantizer.format
+    codes, scale, zero = _grid(quantizer, v, learned, kept)
     codes, zero = fmt.to_codes(codes), None if zero is None else fmt.to_codes(zero)
     codes = codes if blocks is None else blocks.merge(codes, x.shape)
     return QTensor.from_codes(codes, scale, zero, format=fmt, dtype=x.dtype, blocks=blocks)
@@ -212,7 +228,12 @@ def _other_model(
 
 
 def quantize_aware_with_state(
-    fn: Callable, recipe: str | Recipe, *, argnums: ArgNums = 0
+    fn: Callable,
+    recipe: str | Recipe,
+    *,
+    argnums: ArgNums = 0,
+    integer: str | bool = "auto",
+    residuals: str = "int8",
 ) -> tuple[Callable, Callable]:
     """`quantize_aware` with its ranges as an explicit value: (init, apply).
 
@@ -226,6 +247,7 @@ def quantize_aware_with_state(
       fn: a forward pass or a loss. A whole train step takes `jc.quant_params` instead.
       recipe: name of a recipe, or a `Recipe`; one without stored ranges has an empty state.
       argnums: position (or name) of the argument that holds the parameters, or several.
+      integer, residuals: as in `quantize_aware`.
 
     Raises:
       RecipeError: as `quantize_aware`; or the state belongs to another model.
@@ -244,7 +266,7 @@ def quantize_aware_with_state(
     from .calibrate import Calibration  # it observes for the transform above
 
     chosen = recipes.get(recipe)
-    inner = Transformed(fn, StatefulQuantizeAware(chosen), argnums)
+    inner = Transformed(fn, StatefulQuantizeAware(chosen, integer, residuals), argnums)
 
     def init(*args, **kwargs) -> QuantState:
         calibration = Calibration(fn, chosen, argnums)

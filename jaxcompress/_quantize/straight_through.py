@@ -19,6 +19,7 @@ from jax import lax
 from .._core.blocks import Blocks, Tiles
 from .._core.qtensor import QTensor
 from . import layout, scales
+from .integer_dot import Codes, codes_from_grid
 
 if TYPE_CHECKING:
     from .quantizer import Quantizer
@@ -65,6 +66,19 @@ def quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]
         codes, s.scale, s.zero_point,
         format=fmt, dtype=x.dtype, blocks=blocks, global_scale=g,
     )  # fmt: skip
+
+
+def _codes_of(
+    x: jax.Array, quantizer: Quantizer, axis: tuple[int, ...], sync: tuple[str, ...]
+) -> Codes:
+    """The integers that `fake_quantize` rounds x to, with scales along whole axes."""
+    v, s, _ = _scaled(x, quantizer, axis, sync)
+    grid = scales.to_grid(v, quantizer, s, None, quantizer.rounding)
+    return codes_from_grid(grid, s.scale, s.zero_point, quantizer.format)
+
+
+_codes_of.__name__ = "jaxcompress_fake_quantize"  # to `_core/analyze.py` it is the same
+codes_of = jax.jit(_codes_of, static_argnums=(1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -47,7 +47,9 @@ class _Results(StatefulQuantizeAware):
 
     def apply(self, site, setting, bind, operands, learned, state):
         if self.rounded:
-            out, _ = super().apply(site, setting, bind, operands, learned, learned)
+            kept = {slot: x for slot, x in (learned or {}).items() if "low" in x}
+            steps = {slot: x for slot, x in (learned or {}).items() if "low" not in x}
+            out, _ = super().apply(site, setting, bind, operands, steps, kept)
         else:
             out = bind(*operands)
         return out, dequantized(out[0] if isinstance(out, list) else out)

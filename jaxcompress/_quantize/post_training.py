@@ -96,7 +96,9 @@ def quantize(
         held = _calibrated(job)
     serving = Recipe([_frozen(rule) for rule in chosen.rules], chosen.name)
     job = dataclasses.replace(job, recipe=serving)
-    packed, noise = round_weights(job, rounding, held=held, sequential=sequential)
+    packed, noise = round_weights(
+        job, rounding, held=held, sequential=sequential, checkpoint_dir=checkpoint_dir
+    )
     for step in steps:
         job = job if step.correct is None else step.correct(job, packed)
     small = job.with_parameters(packed)

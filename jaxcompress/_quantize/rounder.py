@@ -13,6 +13,7 @@ from .._errors import RecipeError
 from ..formats import Format
 from . import ranges, scales
 from .quantizer import Quantizer
+from .scales import from_grid, to_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +63,8 @@ class QuantizerRounder:
         each = lambda a: jnp.broadcast_to(a, full).reshape(1, -1)[:, :out]  # noqa: E731
         return jax.tree.map(each, found)
 
-    def to_grid(self, v: jax.Array, scales_: scales.Scales) -> jax.Array:
-        return scales.to_grid(v, self.quantizer, scales_, None, "half_even")
+    def to_grid(self, v: jax.Array, scales: Any) -> jax.Array:
+        return to_grid(v, self.quantizer, scales, None, "half_even")
 
-    def from_grid(self, grid: jax.Array, scales_: scales.Scales) -> jax.Array:
-        return scales.from_grid(grid, self.quantizer, scales_)
-
-
-def rounder_of(quantizer: Quantizer) -> QuantizerRounder:
-    """Returns the rounder of a quantizer.
-
-    Raises:
-        RecipeError: as `QuantizerRounder`.
-    """
-    return QuantizerRounder(quantizer)
+    def from_grid(self, grid: jax.Array, scales: Any) -> jax.Array:
+        return from_grid(grid, self.quantizer, scales)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._calibration.checkpoint import Checkpoint
 from .._calibration.rows import Rows, rows_of
 from .._calibration.stream import same_inputs
 from .._core import _compat
@@ -84,7 +85,12 @@ class _Item:
 
 
 def round_weights(
-    job: Job, method: Method, *, held: Any = None, sequential: bool | None = None
+    job: Job,
+    method: Method,
+    *,
+    held: Any = None,
+    sequential: bool | None = None,
+    checkpoint_dir: Any = None,
 ) -> tuple[dict[str, QTensor], dict[str, float]]:
     """(by key path the packed parameters, by key path the SNR of their values in dB).
 
@@ -93,6 +99,7 @@ def round_weights(
       method: rounds.
       held: stored ranges and learned steps, see `weights_of`.
       sequential: whether a block sees what the rounded blocks before it make.
+      checkpoint_dir: where finished blocks are kept, or None.
 
     Raises:
       SiteError: a method fails at a site, or a rounded weight is not finite.
@@ -123,7 +130,9 @@ def round_weights(
         stages = [Stage(tuple(solved))]
         if in_sequence:
             stages = stages_of(traced.plan, traced.staged.jaxpr, tuple(solved))
-        _solve(job, method, solved, stages, same_inputs(traced.plan))
+        key = [method.name, repr(method.settings), job.recipe.to_json(), repr(stages)]
+        kept = Checkpoint(checkpoint_dir, [*key, *(item.v for item in solved.values())])
+        _solve(job, method, solved, stages, same_inputs(traced.plan), kept)
     packed, noise = {}, {}
     for item in (*nearest, *solved.values()):
         q = item.result()
@@ -163,23 +172,40 @@ def _solve(
     items: Mapping[str, _Item],
     stages: Sequence[Stage],
     same: Mapping[str, str],
+    kept: Checkpoint,
 ) -> None:
     """Rounds the items stage by stage."""
+    for number, stage in enumerate(stages):
+        layers = [items[name].layer({}, stage.layer) for name in stage.names]
+        like = [jax.eval_shape(layer.nearest) for layer in layers]
+        rounded = kept.load(number, like)
+        if rounded is None:
+            rounded = _round_stage(job, method, items, stage, same)
+            kept.save(number, rounded)
+        for name, q in zip(stage.names, rounded, strict=True):
+            items[name].done.append(q)
+
+
+def _round_stage(
+    job: Job, method: Method, items: Mapping[str, _Item], stage: Stage, same: Mapping[str, str]
+) -> list[QTensor]:
+    """The rounded weights of a stage, on inputs that the rounded stages before it make."""
     assert method.round is not None
-    for stage in stages:
-        first = {name: same.get(name, name) for name in stage.names}
-        wanted = dict.fromkeys(first.values(), ("count", *method.needs))
-        changed = {item.path: item.leaf() for item in items.values() if item.done}
-        params = job.with_parameters(changed) if changed else None
-        found = job.collect(wanted, method.name, params=params, layer=stage.layer)
-        for name in stage.names:
-            item, statistics = items[name], found[first[name]]
-            _enough(job, item, statistics["count"], method)
-            try:
-                q = method.round(item.layer(statistics, stage.layer))
-            except JaxCompressError as error:
-                raise type(error)(f"`{name}`: {error}") from error
-            item.done.append(_checked(item, q))
+    first = {name: same.get(name, name) for name in stage.names}
+    wanted = dict.fromkeys(first.values(), ("count", *method.needs))
+    changed = {item.path: item.leaf() for item in items.values() if item.done}
+    params = job.with_parameters(changed) if changed else None
+    found = job.collect(wanted, method.name, params=params, layer=stage.layer)
+    out = []
+    for name in stage.names:
+        item, statistics = items[name], found[first[name]]
+        _enough(job, item, statistics["count"], method)
+        try:
+            q = method.round(item.layer(statistics, stage.layer))
+        except JaxCompressError as error:
+            raise type(error)(f"`{name}`: {error}") from error
+        out.append(_checked(item, q))
+    return out
 
 
 def _enough(job: Job, item: _Item, count: jax.Array, method: Method) -> None:

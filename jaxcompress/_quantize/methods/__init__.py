@@ -63,8 +63,10 @@ def chain(method: str | Method | Sequence[str | Method]) -> tuple[Method, ...]:
     Raises:
       RecipeError: an unknown name, an empty list, or two methods that both round.
     """
-    many = isinstance(method, Sequence) and not isinstance(method, str)
-    steps = tuple(map(get, method)) if many else (get(method),)
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        steps = tuple(map(get, method))
+    else:
+        steps = (get(method),)
     if not steps:
         raise RecipeError("method=[] names no method. Use 'rtn', which rounds to nearest.")
     rounds = [m.name for m in steps if m.round is not None and m.prepare is None]

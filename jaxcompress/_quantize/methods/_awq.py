@@ -15,6 +15,7 @@ from ..._solvers.awq import scale_of
 from ..._solvers.clip import clip
 from ..._solvers.rounder import find_scales, round_to
 from ..rounder import QuantizerRounder
+from ..weights import weights_of
 from ._method import Layer, Method
 from ._pairs import channels_of, found_pairs, inputs_of, used
 
@@ -51,7 +52,8 @@ def awq(*, ratios: int = 20, clipping: bool = True) -> Method:
         return layer.packed(codes, s.scale, s.zero_point, s.global_scale)
 
     prepare = functools.partial(_prepare, ratios=ratios)
-    return Method("awq", prepare=prepare, round=round, needs=("gram",))
+    settings = (("ratios", ratios), ("clipping", clipping))
+    return Method("awq", prepare=prepare, round=round, needs=("gram",), settings=settings)
 
 
 def _prepare(job: Any, ratios: int) -> Any:
@@ -60,7 +62,6 @@ def _prepare(job: Any, ratios: int) -> Any:
     if not wanted:
         return job
     seen = job.collect(wanted, "awq")
-    from ..weights import weights_of
 
     known, _ = weights_of(job.trace(), job.parameters())
     parameters = job.parameters()
@@ -78,7 +79,7 @@ def _prepare(job: Any, ratios: int) -> Any:
         if not uses:
             continue
         pooled = [
-            u.pool(channels_of(layers[u.site].rows, seen[u.site]["magnitude"], jnp.mean), "mean")
+            u.pool(channels_of(sites[u.site][1], seen[u.site]["magnitude"], jnp.mean), "mean")
             for u in uses
         ]
         scales[pair] = _best(pair, uses, layers, functools.reduce(jnp.maximum, pooled), ratios)
@@ -87,23 +88,21 @@ def _prepare(job: Any, ratios: int) -> Any:
 
 def _best(pair: Any, uses: Any, layers: Any, magnitude: jax.Array, ratios: int) -> jax.Array:
     """The scale with the least error, chosen for each layer of a stack on its own."""
-    best = least = None
+    best = jnp.ones_like(magnitude)
+    least = jnp.full(pair.layers, jnp.inf)
     for k in range(ratios):
         s = jnp.apply_along_axis(scale_of, -1, magnitude, k / ratios)
-        total = sum(_loss_of(pair, use, layers[use.site], s) for use in uses)
-        if least is None:
-            best, least = s, total
-        else:
-            better = total < least
-            best = jnp.where(better[..., None], s, best)
-            least = jnp.minimum(total, least)
-    assert best is not None
+        losses = [_loss_of(pair, use, layers[use.site], s) for use in uses]
+        total = functools.reduce(jnp.add, losses)
+        best = jnp.where((total < least)[..., None], s, best)
+        least = jnp.minimum(total, least)
     return best
 
 
 def _loss_of(pair: Any, use: Any, layer: Layer, s: jax.Array) -> jax.Array:
     """The error of the outputs of a site under a scale, one for each layer that s has."""
     w = layer.w
+    assert layer.rows is not None
     spread = inputs_of(layer.rows, use.spread(s))
     rounder, size = QuantizerRounder(layer.weight.quantizer), layer.group_size
     loss = _loss(w, layer.statistics["gram"], spread, rounder, size)

@@ -13,9 +13,9 @@ from ._mse import searched
 def gptq(
     *,
     damping: float = 0.01,
-    act_order: bool = False,
+    act_order: bool = True,
     static_groups: bool = False,
-    search: bool = False,
+    search: bool = True,
     block: int = 128,
     precision: str = "float32",
 ) -> Method:
@@ -31,8 +31,8 @@ def gptq(
 
     Args:
       damping: share of the mean of the Hessian's diagonal that is added to it.
-      act_order: begin with the inputs of the largest diagonal; with groups it needs
-        `static_groups`, since a group is stored as inputs that follow each other.
+      act_order: begin with the inputs of the largest diagonal of the Hessian; the scales of all
+        groups are then found first, since a group is stored as inputs that follow each other.
       static_groups: find the scales of all groups before anything is corrected.
       search: choose every scale as "mse" does, by the squared error of the weights; at 3 bits and
         less the range of the largest weight is a poor one.
@@ -43,7 +43,8 @@ def gptq(
     ('gram',)
 
     References: Frantar et al. 2022, GPTQ, Algorithm 1; the options as in the code published with
-    it, without `true_sequential`: the sites of a block see the same float weights of this block.
+    it, where `act_order` and `mse` (search) are off by default. As there without
+    `true_sequential`, the sites of a block are rounded for inputs that its float weights make.
     """
     static = static_groups or act_order
 
@@ -63,4 +64,10 @@ def gptq(
         s = done.scales
         return layer.packed(done.codes, s.scale, s.zero_point, s.global_scale)
 
-    return Method("gptq", round=round, needs=("gram",), sequential=True)
+    settings = {
+        "damping": damping, "act_order": act_order, "static_groups": static, "search": search,
+        "block": block, "precision": precision,
+    }  # fmt: skip
+    return Method(
+        "gptq", round=round, needs=("gram",), sequential=True, settings=tuple(settings.items())
+    )

@@ -5,7 +5,7 @@ On a CPU XLA multiplies matrices well and runs products of more dimensions sever
 that the free dimensions of both operands are merged. The gradient of `x @ w` for w sums over the
 first axis of both x and the cotangent, which is slow too (9 times for a head of ten classes): the
 smaller of the two is transposed first, behind a barrier, or XLA would merge the transpose back.
-`benchmarks/RESULTS.md` has the figures.
+`benchmarks/qat.py` measures both.
 """
 
 from __future__ import annotations

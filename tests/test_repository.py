@@ -147,15 +147,17 @@ def test_importing_loads_no_optional_package():
     assert run(code).strip() == ""
 
 
-def test_importing_costs_less_than_300_ms_beyond_jax_and_optax():
+def test_importing_costs_less_than_half_of_importing_jax_and_optax():
+    """A ratio of CPU times in one process, about 0.4: how busy the machine is cancels."""
     code = """
-import time, jax, optax
+import time
 begin = time.process_time()
+import jax, optax
+middle = time.process_time()
 import jaxcompress
-print(time.process_time() - begin)
+print((time.process_time() - middle) / (middle - begin))
 """
-    seconds = min(float(run(code)) for _ in range(5))  # the warmest of caches
-    assert seconds < 0.3
+    assert min(float(run(code)) for _ in range(5)) < 0.5
 
 
 def test_importing_starts_no_backend():

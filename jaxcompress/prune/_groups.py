@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .._core.arguments import ArgNums
-from .._core.channels import Group, channel_graph, coupled_groups
 from .._core.patterns import nearest
 from .._core.tabular import Tabular
 from .._errors import SiteError
+
+if TYPE_CHECKING:
+    from .._core.channels import Group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,4 +102,6 @@ def groups(fn: Callable, argnums: ArgNums = 0) -> Callable[..., Groups]:
 
     References: the groups are those of DepGraph (Fang et al. 2023), found on the jaxpr.
     """
+    from .._core.channels import channel_graph, coupled_groups  # it takes long to import
+
     return lambda *args, **kwargs: Groups(coupled_groups(channel_graph(fn, argnums, args, kwargs)))

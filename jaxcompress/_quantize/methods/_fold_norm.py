@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..._core import channels
 from ._method import Method
 
 
@@ -25,6 +24,8 @@ def fold_norm() -> Method:
     """
 
     def prepare(job: Any) -> Any:
+        from ..._core import channels  # it takes long to import
+
         found = channels.fold_norm(job.fn)(job.params, *job.inputs.args, **job.inputs.kwargs)
         job.notes.update({site: f"norm not folded: {why}" for site, why in found.kept.items()})
         return dataclasses.replace(job, fn=found.fn, params=found.params)

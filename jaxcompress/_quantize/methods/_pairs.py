@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from ..._calibration.rows import Rows, rows_of
-from ..._core.channels import ScalePair, ScalePairs, scale_pairs
 from ..._core.sites import Site
+
+if TYPE_CHECKING:
+    from ..._core.channels import ScalePair, ScalePairs
 
 
 def found_pairs(job: Any) -> tuple[ScalePairs, dict[str, tuple[Site, Rows, Any]]]:
@@ -20,6 +22,8 @@ def found_pairs(job: Any) -> tuple[ScalePairs, dict[str, tuple[Site, Rows, Any]]
     Each site comes with its layout and the quantizer of its weight. Notes say which sites no pair
     reaches, and why.
     """
+    from ..._core.channels import scale_pairs  # it takes long to import
+
     traced = job.trace()
     sites = {}
     for site in traced.plan.everything:

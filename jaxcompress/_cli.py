@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from ._compress import compress, initial
+from ._compress import QAT, compress, initial
 from ._core.observe import sites
 from ._errors import ArtifactError, JaxCompressError, RecipeError
-from ._quantize import recipes
+from ._quantize import methods, recipes
 from ._quantize.aware import describe
 from ._quantize.recipe import Recipe
 from ._quantize.report import Report, Row
@@ -64,12 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     new = command("compress", _compress, "Train a model, compress it, measure both.")
     _add_task(new)
     new.add_argument("--recipe", default="w8a8", metavar="NAME|FILE", help="default: w8a8")
-    new.add_argument("--method", default="qat", help="only qat: train with the recipe in the loop")
+    new.add_argument(
+        "--method",
+        default=QAT,
+        metavar="NAME[+NAME]",
+        help="qat (default): train with the recipe in the loop; or methods of jc.quantize, "
+        "after the float training: rtn, mse, gptq, awq+gptq, gptq+bias_correction, ...",
+    )
     new.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="sites to leave in float"
     )
     new.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="default: compressed/TASK-RECIPE"
+        "--out", type=pathlib.Path, metavar="DIR", help="default: compressed/TASK-RECIPE[-METHOD]"
     )
     new.add_argument(
         "--export", action="append", default=[], choices=[STABLEHLO], help="also write the program"
@@ -98,19 +104,20 @@ def _count(text: str) -> int:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    if arguments.method != "qat":
-        raise JaxCompressError(
-            f"--method {arguments.method} is unknown here: `compress` has `qat`, which trains with "
-            "the recipe in the loop. Leave --method out."
-        )
+    if arguments.method != QAT:
+        methods.chain(arguments.method.split("+"))  # an unknown one is an error before any work
     recipe = _recipe(arguments.recipe).skip(*arguments.skip)
     task = _override(load_task(arguments.task), arguments)
     seed = arguments.seed
     if seed is None:
         seed = 0 if task.train is None else task.train.seed
-    name = re.sub(r"[^\w.+-]", "_", f"{task.name}-{recipe.name}")
+    parts = [task.name, recipe.name, *([arguments.method] if arguments.method != QAT else [])]
+    name = re.sub(r"[^\w.+-]", "_", "-".join(parts))
     out = arguments.out or pathlib.Path("compressed", name)
-    result = compress(task, recipe, out, seed=seed, quiet=arguments.quiet, exports=arguments.export)
+    result = compress(
+        task, recipe, out,
+        seed=seed, method=arguments.method, quiet=arguments.quiet, exports=arguments.export,
+    )  # fmt: skip
     _show(result, out)
 
 

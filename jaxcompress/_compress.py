@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: train in float, train with the recipe in the loop, measure both, write it down."""
+"""The main job: train in float, compress by training or after it, measure both, write it down."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ import numpy as np
 from jax.core import Tracer
 
 from . import __version__
+from ._core.compressed import Compressed
 from ._core.provenance import key_path
 from ._core.qtensor import nbytes
 from ._errors import ArtifactError, JaxCompressError
 from ._quantize.aware import quantize_aware
+from ._quantize.post_training import quantize
 from ._quantize.recipe import Recipe
 from ._quantize.report import report
 from ._quantize.storage import compressed_weights
@@ -32,6 +34,8 @@ from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
 from .export import save_params, stablehlo
 
+QAT = "qat"
+
 
 def compress(
     task: Task,
@@ -39,16 +43,19 @@ def compress(
     out: pathlib.Path,
     *,
     seed: int,
+    method: str = QAT,
     quiet: bool = False,
     exports: Collection[str] = (),
 ) -> dict[str, Any]:
     """Compresses the model of a task and writes the result directory.
 
     Args:
-      task: the model; without `train` its weights are only rounded.
+      task: the model; without `train` its weights are only rounded, or solved for.
       recipe: what becomes of its sites.
       out: the directory to write; it must not exist, be empty, or hold an earlier result.
       seed: of the parameters, where the task makes them from a key, and of the batches.
+      method: "qat" trains with the recipe in the loop; other names, joined by "+", are methods of
+        `jc.quantize`, which get the model as it is after the float training.
       quiet: no progress on stderr.
       exports: of "stablehlo": programs to write beside the parameters, in directories of that name.
 
@@ -61,25 +68,32 @@ def compress(
     """
     with new_result(out) as folder:
         params, x = initial(task, seed)
-        _check(task, recipe, params, x, seed)
-        if task.train is not None:
-            params, params_q, runs = _train(task, task.train, recipe, params, seed, quiet)
+        _check(task, recipe, params, x, seed, method)
+        if method != QAT:
+            params, small = _after_training(task, recipe, method, params, seed, quiet)
+            runs = _predictions(task, params, small.fn, small.params, x)
+            stored_q, rows = small.params, small.report.rows
         else:
-            params_q, runs = params, _predictions(task, recipe, params, x)
+            params, small, runs = _by_training(task, recipe, params, x, seed, quiet)
+            stored_q = compressed_weights(task.apply, recipe)(small.params, x)
+            rows = report(task.apply, recipe)(small.params, x).rows
         before = _evaluate(task, task.apply, params)
-        after = _evaluate(task, quantize_aware(task.apply, recipe), params_q)
-        stored_q = compressed_weights(task.apply, recipe)(params_q, x)
+        after = _evaluate(task, small.fn, small.params)
         stored = compressed_weights(task.apply, Recipe([], "float"))(params, x)
         save_params(stored_q, folder / PARAMETERS)
         save_params(stored, folder / FLOAT_PARAMETERS)
         if STABLEHLO in exports:
-            _export(quantize_aware(task.apply, recipe), params_q, x, folder / STABLEHLO)
+            _export(small.fn, small.params, x, folder / STABLEHLO)
+        trained = task.train is not None and method == QAT
         train = task.train
         result = {
             "task": task.name,
             "recipe": json.loads(recipe.to_json()),
+            "method": method,
             "seed": seed,
-            "steps": None if train is None else {"float": train.float_steps, "aware": train.steps},
+            "steps": None
+            if train is None
+            else {"float": train.float_steps, "aware": train.steps if trained else 0},
             "versions": {
                 "jaxcompress": __version__,
                 "jax": jax.__version__,
@@ -100,10 +114,8 @@ def compress(
                     "after": (folder / PARAMETERS).stat().st_size,
                 },
             },
-            "step_ms": {"of": "prediction" if train is None else "training", **_step_ms(*runs)},
-            "rows": [
-                dataclasses.asdict(row) for row in report(task.apply, recipe)(params_q, x).rows
-            ],
+            "step_ms": {"of": "training" if trained else "prediction", **_step_ms(*runs)},
+            "rows": [dataclasses.asdict(row) for row in rows],
         }
         write_report(folder, result)
     return result
@@ -137,11 +149,14 @@ def initial(task: Task, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _check(task: Task, recipe: Recipe, params: Any, x: Any, seed: int) -> None:
+def _check(task: Task, recipe: Recipe, params: Any, x: Any, seed: int, method: str) -> None:
     """Finds out before training what would fail after it. Only `evaluate` is really run."""
     with user_code(f"apply of task `{task.name}`"):
         jax.eval_shape(task.apply, params, x)
-    jax.eval_shape(quantize_aware(task.apply, recipe), params, x)
+    if method == QAT:
+        jax.eval_shape(quantize_aware(task.apply, recipe), params, x)
+    else:
+        report(task.apply, recipe)(*jax.eval_shape(lambda *both: both, params, x))
     if task.train is not None:
         loss = task.train.loss
         with user_code(f"batches of task `{task.name}`"):
@@ -152,7 +167,8 @@ def _check(task: Task, recipe: Recipe, params: Any, x: Any, seed: int) -> None:
             raise JaxCompressError(
                 f"Task `{task.name}`: `loss` must return one number, found {value}."
             )
-        jax.eval_shape(quantize_aware(loss, recipe), params, batch)
+        if method == QAT:
+            jax.eval_shape(quantize_aware(loss, recipe), params, batch)
     _evaluate(task, task.apply, params)
 
 
@@ -168,32 +184,57 @@ def _check_finite(task: Task, params: Any, when: str) -> None:
             )
 
 
-def _train(
-    task: Task, train: Train, recipe: Recipe, params: Any, seed: int, quiet: bool
-) -> tuple[Any, Any, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Parameters trained in float and, from there, int8-aware; and one step of each, to time."""
+def _train_float(task: Task, train: Train, params: Any, seed: int, quiet: bool) -> Any:
+    """The parameters after the training in float."""
     assert train.float_steps is not None and train.float_optimizer is not None  # Train fills in
-    loss_q = quantize_aware(train.loss, recipe)
-    step, step_q = (
-        compiled_step(fn, tx)
-        for fn, tx in ((train.loss, train.float_optimizer), (loss_q, train.optimizer))
-    )
-    phases = (
-        (step, train.float_optimizer, train.float_steps, "float training"),
-        (step_q, train.optimizer, train.steps, f"training with {recipe.name}"),
-    )
-    reached = [params]
+    step = compiled_step(train.loss, train.float_optimizer)
+    return _fit(
+        task, step, params, train.float_optimizer, train.float_steps, [seed, 0], quiet,
+        "float training",
+    )  # fmt: skip
+
+
+def _fit(
+    task: Task, step: Callable, params: Any, tx: Any, steps: int, seed: list[int], quiet: bool,
+    label: str,
+) -> Any:  # fmt: skip
+    assert task.train is not None
     with user_code(f"training of task `{task.name}`"):
-        for k, (run, tx, steps, label) in enumerate(phases):
-            reached.append(
-                fit(run, reached[-1], tx, stream(train, [seed, k]), steps, label=label, quiet=quiet)
-            )
-            _check_finite(task, reached[-1], f" after the {label}")
-    _, params, params_q = reached
+        params = fit(step, params, tx, stream(task.train, seed), steps, label=label, quiet=quiet)
+    _check_finite(task, params, f" after the {label}")
+    return params
+
+
+def _after_training(
+    task: Task, recipe: Recipe, method: str, params: Any, seed: int, quiet: bool
+) -> tuple[Any, Compressed]:
+    """(the float parameters, the model quantized after training)."""
+    if task.train is not None:
+        params = _train_float(task, task.train, params, seed, quiet)
+    progress = False if quiet else None
+    small = quantize(
+        task.apply, params, recipe, calibration=task.calibration, method=method.split("+"),
+        progress=progress,
+    )  # fmt: skip
+    return params, small
+
+
+def _by_training(
+    task: Task, recipe: Recipe, params: Any, x: Any, seed: int, quiet: bool
+) -> tuple[Any, Compressed, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Parameters trained in float, the model trained from there, and a run of each, to time."""
+    aware, train = quantize_aware(task.apply, recipe), task.train
+    if train is None:
+        runs = _predictions(task, params, aware, params, x)
+        return params, Compressed(aware, params, None), runs
+    params = _train_float(task, train, params, seed, quiet)
+    step_q = compiled_step(quantize_aware(train.loss, recipe), train.optimizer)
+    label = f"training with {recipe.name}"
+    params_q = _fit(task, step_q, params, train.optimizer, train.steps, [seed, 1], quiet, label)
     batch = next(stream(train, [seed, 1]))
     same = compiled_step(train.loss, train.optimizer)  # only the recipe makes the difference
     runs = _one_step(same, params, train, batch), _one_step(step_q, params, train, batch)
-    return params, params_q, runs
+    return params, Compressed(aware, params_q, None), runs
 
 
 def _one_step(step: Callable, params: Any, train: Train, batch: Any) -> Callable[[], Any]:
@@ -208,10 +249,10 @@ def _one_step(step: Callable, params: Any, train: Train, batch: Any) -> Callable
 
 
 def _predictions(
-    task: Task, recipe: Recipe, params: Any, x: Any
+    task: Task, params: Any, fn: Callable, small: Any, x: Any
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    plain, aware = jax.jit(task.apply), jax.jit(quantize_aware(task.apply, recipe))
-    return lambda: plain(params, x), lambda: aware(params, x)
+    before, after = jax.jit(task.apply), jax.jit(fn)
+    return lambda: before(params, x), lambda: after(small, x)
 
 
 def _step_ms(

@@ -387,9 +387,40 @@ def test_a_place_that_cannot_be_written(write, fails, monkeypatch):
     assert "out cannot be written: Permission denied" in message
 
 
+@pytest.mark.parametrize(
+    "text", ["task = build()", "task = build(train=None, params=make(jax.random.key(0)))"]
+)
+def test_methods_after_training(text, write, folder):
+    """The model is the one of `jc.quantize`, whose float parameters are stored beside it."""
+    words = ["compress", write(text), "--recipe", "w4a16-g32", "--method", "gptq+bias_correction"]
+    assert main([*words, "--quiet", "--export", "stablehlo"]) == 0
+    out = folder / "compressed" / "tiny-w4a16-g32-gptq+bias_correction"
+    task = load_task(str(folder / "tiny.py"))
+    params = jc.load_params(out / "float_model.safetensors")
+    want = jc.quantize(
+        task.apply, params, "w4a16-g32", calibration=task.calibration,
+        method=["gptq", "bias_correction"],
+    )  # fmt: skip
+    stored = jc.load_params(out / "model.safetensors")
+    assert jax.tree.structure(stored) == jax.tree.structure(want.params)
+    for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(want.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    found = json.loads((out / "report.json").read_text())
+    assert found["method"] == "gptq+bias_correction"
+    assert found["bytes"]["parameters"]["after"] == jc.nbytes(want.params)
+    assert found["steps"] == (None if "None" in text else {"float": 60, "aware": 0})
+    assert {row["weight"] for row in found["rows"]} >= {"int4 per group:32"} or "None" in text
+    x = task.calibration[0]
+    artifact = jc.export.load(out / "stablehlo")
+    np.testing.assert_array_equal(artifact.run(x), jax.jit(want.fn)(want.params, x))
+    accuracy = task.evaluate(lambda x: want.fn(want.params, x))["accuracy"]
+    assert found["metrics"]["after"]["accuracy"] == accuracy
+    assert main(["report", str(out)]) == 0
+
+
 def test_options_that_do_not_fit(write, fails, capsys):
-    message = fails("compress", write(), "--method", "gptq")
-    assert message.startswith("--method gptq is unknown here: `compress` has `qat`")
+    for method, text in (("gptx", "gptx"), ("rtn+gptq", "both round"), ("", "''")):
+        assert text in fails("compress", write(), "--method", method)
     message = fails("compress", write("task = build(train=None)"), "--steps", "3")
     assert "`tiny` has no `train=jc.Train(...)`" in message
     for words in (["compress"], ["nonsense"], ["compress", "tiny.py", "--steps", "-1"]):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._core import typed
 from .._core.qtensor import QTensor, abstract, is_stored, nbytes
-from .._core.sparse import SparseTensor, is_sparse
+from .._core.sparse import SparseTensor
 from .._core.staging import split
 from .._core.transform import Transformed, transformed_by
 from .._quantize.accounting import Row
@@ -76,5 +76,5 @@ class Packing:
 
 def _abstract(tree: Any) -> Any:
     call, arrays = split(tree)
-    shapes = [abstract(x) if is_sparse(x) else jax.eval_shape(jnp.asarray, x) for x in arrays]
+    shapes = [abstract(x) if is_stored(x) else jax.eval_shape(jnp.asarray, x) for x in arrays]
     return call.merge(shapes)

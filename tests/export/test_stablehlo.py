@@ -329,3 +329,24 @@ def test_a_platform_that_is_not_there(tmp_path):
         jc.ArtifactError, match="was exported for tpu, and this process runs on cpu"
     ):
         artifact.run(x)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static", "w4a16-g32"])
+def test_what_quantize_returns(recipe, tmp_path):
+    """Packed parameters, with stored ranges too, are exported as they are."""
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (32, 64)),
+        "down": jax.random.normal(keys[1], (64, 8)),
+    }
+    x = jax.random.normal(keys[2], (4, 32))
+    small = jc.quantize(fn, params, recipe, calibration=[x, 2 * x])
+    artifact = jc.export.stablehlo(small.fn, small.params, x, path=tmp_path / "a")
+    np.testing.assert_array_equal(artifact.run(x), jax.jit(small.fn)(small.params, x))
+    assert jc.export.verify(artifact, small.fn, small.params, [x, -x]).equal
+    formats = {row.site.split("/")[-1]: row.weight for row in artifact.report.rows}
+    assert formats["up"] == formats["down"] == {"w8": "int8", "w4": "int4"}[recipe[:2]]

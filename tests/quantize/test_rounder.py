@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._quantize.rounder import rounder_of
+from jaxcompress._quantize.rounder import QuantizerRounder
 from jaxcompress._solvers.gptq import gptq
 from jaxcompress._solvers.rounder import find_scales, round_to
 
@@ -31,8 +31,8 @@ W = np.random.default_rng(0).standard_t(4, size=(24, 64)).astype(np.float32)
 def test_rounding_to_nearest_is_the_quantizer(name):
     q = QUANTIZERS[name]
     packed, size = q.quantize(jnp.asarray(W), 1), q.granularity.size
-    scales = find_scales(W, rounder_of(q), group_size=size)
-    codes, values = round_to(W, rounder_of(q), scales, group_size=size)
+    scales = find_scales(W, QuantizerRounder(q), group_size=size)
+    codes, values = round_to(W, QuantizerRounder(q), scales, group_size=size)
     np.testing.assert_array_equal(codes, packed.codes)
     np.testing.assert_allclose(values, packed.dequantize(), rtol=1e-6)
     step = {"block": q.granularity.rows, "tensor": len(W)}.get(q.granularity.kind, 1)
@@ -44,7 +44,7 @@ def test_rounding_to_nearest_is_the_quantizer(name):
 @pytest.mark.parametrize("name", ["block", "four over six"])
 def test_without_correlations_gptq_is_the_quantizer(name):
     q = QUANTIZERS[name]
-    result = gptq(W, np.eye(64), rounder_of(q), group_size=q.granularity.size)
+    result = gptq(W, np.eye(64), QuantizerRounder(q), group_size=q.granularity.size)
     packed = q.quantize(jnp.asarray(W), 1)
     np.testing.assert_array_equal(result.codes, packed.codes)
     np.testing.assert_allclose(result.w_q, packed.dequantize(), rtol=1e-6)
@@ -53,4 +53,4 @@ def test_without_correlations_gptq_is_the_quantizer(name):
 def test_stored_ranges_and_other_roundings_are_refused():
     for q in (jc.Quantizer("int4", range="learned"), jc.Quantizer("int4", rounding="stochastic")):
         with pytest.raises(jc.RecipeError, match="A solver rounds half to even in a range of"):
-            rounder_of(q)
+            QuantizerRounder(q)

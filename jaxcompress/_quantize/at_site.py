@@ -7,12 +7,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from jax import lax
 
 from .._core.qtensor import dequantized, is_qtensor
 from .._core.sites import Site
-from . import integer, straight_through
+from . import flat, integer, straight_through
 from .backward import with_backward
 from .integer import Rounded, Spec
 from .integer_dot import codes_of
@@ -74,7 +73,7 @@ def _fitting(spec: Spec, operands: Sequence[Rounded]) -> bool:
     if not spec.integers and any(is_qtensor(x.value) for x in operands):
         return False
     arrays = [x.codes.codes if x.codes is not None else x.value for x in operands]
-    return not any(any(jax.typeof(x).sharding.spec) for x in arrays)
+    return not flat.split_by_mesh(arrays)
 
 
 def quantized(site: Site, setting: Setting, operands: Sequence) -> list:

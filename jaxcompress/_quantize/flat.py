@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +95,11 @@ def dot_for_right(
     else:  # l^T g
         y = matmul(barrier(turned(left)), right, 0, 0, precision, dtype)
     return lax.reshape(y, _shape(lhs, rhs, numbers))
+
+
+def split_by_mesh(arrays: Iterable[jax.Array]) -> bool:
+    """Whether a mesh of explicit axes splits an array, which then has to stay as it is laid out."""
+    return any(any(jax.typeof(x).sharding.spec) for x in arrays)
 
 
 def _shape(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> tuple[int, ...]:

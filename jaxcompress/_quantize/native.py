@@ -28,6 +28,8 @@ from .._core import _compat, qdot, qpick
 from .._core.blocks import Blocks
 from .._core.qtensor import QTensor, dequantized, is_qtensor
 from .._core.sites import Site
+from . import flat
+from .integer_dot import Dot
 from .quantizer import Quantizer
 from .straight_through import quantize as packed
 
@@ -102,8 +104,7 @@ def apply(
     ]
     (lhs, lq), (rhs, rq) = pairs
     arrays = [x for x in (lhs, rhs) if not is_qtensor(x)]
-    split = any(any(jax.typeof(x).sharding.spec) for x in arrays)  # a mesh of explicit axes
-    if lq is None or rq is None or split:
+    if lq is None or rq is None or flat.split_by_mesh(arrays):
         return bind(lhs, rhs)
     return _jitted(lhs, rhs, lq, rq, spec)[0]
 
@@ -129,7 +130,7 @@ def product(spec: Native, lhs: QTensor, rhs: QTensor) -> jax.Array:
     if lhs.blocks is None:
         y = lax.dot_general(lhs.codes, rhs.codes, numbers, preferred_element_type=jnp.float32)
         for i, q in enumerate(sides):
-            y = y * _spread(q.scale, numbers, i, y.ndim)
+            y = y * Dot(numbers, spec.dtype).spread(q.scale, i, y.ndim)
     else:
         codes, scales = (
             [_matrix(f(q), numbers, i) for i, q in enumerate(sides)]
@@ -176,16 +177,6 @@ def _matrix(x: jax.Array, numbers: tuple, i: int) -> jax.Array:
     groups = (batch, free, summed) if batch else (free, summed)
     shape = [math.prod(x.shape[d] for d in dims) for dims in groups]
     return lax.reshape(lax.transpose(x, (*batch, *free, *summed)), shape)
-
-
-def _spread(scale: jax.Array, numbers: tuple, i: int, ndim: int) -> jax.Array:
-    """Scales of rows of operand `i`, in the layout of the result."""
-    summed, batch = (pair[i] for pair in numbers)
-    free = _kept(scale.ndim, numbers, i)
-    lead, own = ([scale.shape[d] for d in dims] for dims in (batch, free))
-    gap = [1] * (ndim - len(batch) - len(free))
-    x = lax.transpose(scale, (*batch, *free, *summed))
-    return lax.reshape(x, (*lead, *gap, *own) if i else (*lead, *own, *gap))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

@@ -22,11 +22,12 @@ import numpy as np
 
 from .._calibration.checkpoint import Checkpoint
 from .._calibration.rows import Rows
-from .._calibration.stream import same_inputs
+from .._calibration.stream import Collect, same_inputs
 from .._core import _compat
 from .._core.analyze import CALLS
 from .._core.qtensor import dequantized
 from .._core.sites import Plan
+from .._core.transform import Transformed
 from .._errors import JaxCompressError, SiteError
 from .job import Job
 from .weights import array_undone
@@ -113,14 +114,10 @@ def run(
     """
     if not items:
         return
-    traced = job.trace()
-    stages = [Stage(tuple(items))]
-    if sequential:
-        stages = stages_of(traced.plan, traced.staged.jaxpr, tuple(items))
-    same = same_inputs(traced.plan)
-    kept = Checkpoint(
-        checkpoint_dir, [name, *key, repr(stages), *(i.v for i in items.values())]
-    )
+    stages, same = blocks(job, tuple(items))
+    if not sequential:
+        stages = [Stage(tuple(items))]
+    kept = Checkpoint(checkpoint_dir, [name, *key, repr(stages), *(i.v for i in items.values())])
     for number, stage in enumerate(stages):
         done = kept.load(number, [items[n].like(stage.layer) for n in stage.names])
         if done is None:
@@ -128,6 +125,14 @@ def run(
             kept.save(number, done)
         for n, result in zip(stage.names, done, strict=True):
             items[n].done.append(result)
+
+
+def blocks(job: Job, names: Sequence[str]) -> tuple[list[Stage], dict[str, str]]:
+    """The blocks of a function made of these sites, and `same_inputs` of them."""
+    args, kwargs = job.call
+    looks = Collect(tuple((name, ()) for name in names))
+    traced = Transformed(job.fn, looks).trace(*args, **kwargs)
+    return stages_of(traced.plan, traced.staged.jaxpr, names), same_inputs(traced.plan)
 
 
 def _stage(

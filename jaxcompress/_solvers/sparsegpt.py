@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._errors import RecipeError
 from ..formats import Format
 from . import checks, obq
 from . import sparsity as rules
@@ -50,6 +51,7 @@ def sparsegpt(
     rounder: Format | Rounder | None = None,
     group_size: int | None = None,
     scales: Any = None,
+    mask: Any = None,
     damping: float = 0.01,
     block: int = 128,
     precision: str = "float32",
@@ -72,10 +74,11 @@ def sparsegpt(
             zero.
         group_size, scales, damping, precision: as in `gptq`. Without groups scales are those of
             the weights given.
+        mask: instead of sparsity and nm, which weights stay, bool[*lead, out, in].
         block: inputs whose weights are compared with each other, with `sparsity`.
 
     Raises:
-        RecipeError: if not one of sparsity and nm is given, or it is out of range.
+        RecipeError: if not one of sparsity, nm and mask is given, or it is out of range.
         FormatError: if an argument has a wrong shape or is not finite; if groups, M and block do
             not divide each other.
         SiteError: if the Hessian is zero or cannot be factorized.
@@ -90,37 +93,46 @@ def sparsegpt(
     """
     w = checks.weights(w, group_size)
     h = checks.inputs(hessian, w, 2, "hessian")
-    rules.check(w.shape[-1], sparsity, nm)
+    if mask is None:
+        rules.check(w.shape[-1], sparsity, nm)
+    elif sparsity is not None or nm is not None:
+        raise RecipeError("mask= says which weights stay: leave out sparsity= and nm=.")
+    else:
+        mask = checks.mask(mask, w)
     rounder = None if rounder is None else rounder_of(rounder)
     if scales is not None:
         checks.scales(scales, w, groups_of(w.shape[-1], group_size))
     factor = inverse_cholesky(h, damping=damping, precision=precision)
     static = rounder is not None and (scales is not None or group_size is None)
-    selection = _Some(block, sparsity or 0.0, w.shape[-1]) if nm is None else _NofM(nm[1], nm[0])
+    selection = None if mask is not None else _Some(block, sparsity or 0.0, w.shape[-1])
+    if nm is not None:
+        selection = _NofM(nm[1], nm[0])
     mask, values, loss, codes, found = _solve(
-        w, factor.u, factor.dead, scales, selection, rounder, group_size, static, block
+        w, factor.u, factor.dead, scales, mask, selection, rounder, group_size, static, block
     )
     return SparseGPTResult(mask, values, loss, factor.damping, codes, found)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _solve(
-    w: jax.Array, u: jax.Array, dead: jax.Array, scales: Any, selection: obq.Selection,
+    w: jax.Array, u: jax.Array, dead: jax.Array, scales: Any, mask: Any,
+    selection: obq.Selection | None,
     rounder: Rounder | None, group_size: int | None, static: bool, block: int,
 ) -> tuple:  # fmt: skip
     """Returns (mask, values, loss, codes, scales)."""
     group = jnp.arange(w.shape[-1]) // (group_size or w.shape[-1])
     coupled = isinstance(selection, _Some) or (rounder is not None and rounder.coupled)
 
-    def one(w, u, dead, scales) -> tuple:
-        def panel(w: jax.Array, scales: Any) -> tuple:
-            w, scales = jax.tree.map(jnp.transpose, (jnp.where(dead[None], 0, w), scales))
+    def one(w, u, dead, scales, mask) -> tuple:
+        def panel(w: jax.Array, scales: Any, mask: Any) -> tuple:
+            w = jnp.where(dead[None], 0, w)
+            w, scales, mask = jax.tree.map(jnp.transpose, (w, scales, mask))
             if static and scales is None:
                 assert rounder is not None
                 scales = table(w, rounder, group_size, shared)
             done = obq.solve(
                 w, u, rounder=rounder, scales=scales, shared=shared, group=group,
-                group_size=group_size, selection=selection, block=block,
+                group_size=group_size, mask=mask, selection=selection, block=block,
             )  # fmt: skip
             mask, values, codes, found = jax.tree.map(
                 jnp.transpose, (done.mask, done.values, done.codes, done.scales)
@@ -128,9 +140,9 @@ def _solve(
             return mask, values, done.loss, codes, found
 
         shared = None if rounder is None else rounder.shared(jnp.where(dead[None], 0, w).T)
-        return over_outputs(panel, coupled)(w, scales)
+        return over_outputs(panel, coupled)(w, scales, mask)
 
-    return over_lead(one, w.ndim - 2)(w, u, dead, scales)
+    return over_lead(one, w.ndim - 2)(w, u, dead, scales, mask)
 
 
 @dataclasses.dataclass(frozen=True)

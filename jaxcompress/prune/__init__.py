@@ -17,6 +17,7 @@ from ._masks import apply_masks as apply_masks
 from ._masks import sparsity as sparsity
 from ._movement import movement as movement
 from ._nm import nm as nm
+from ._owl import owl as owl
 from ._random import random as random
 from ._report import Sparsities as Sparsities
 from ._report import report as report
@@ -31,8 +32,10 @@ from ._set import set as set
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse
+from ._sparsegpt import sparsegpt as sparsegpt
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
 from ._structures import blocks as blocks
 from ._structures import channels as channels
 from ._structures import unstructured as unstructured
+from ._wanda import wanda as wanda

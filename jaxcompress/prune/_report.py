@@ -40,10 +40,20 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sparsities(Tabular):
-    """What `report` returns. Prints as a table, also in notebooks."""
+    """What `report` returns. Prints as a table, also in notebooks.
+
+    Attributes:
+      name: of the function, and of what pruned it.
+      rows: a row for each site.
+      masks: pytree like the parameters, where something was pruned just now: True where weights
+        stay.
+      notes: (key path, remark) of parameters.
+    """
 
     name: str
     rows: tuple[Row, ...]
+    masks: Any = dataclasses.field(default=None, repr=False, compare=False)
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def multiplications(self) -> int:
@@ -58,6 +68,7 @@ class Sparsities(Tabular):
     def to_json(self) -> str:
         """JSON text with the name, the totals and all rows."""
         data: dict[str, Any] = {"name": self.name, "rows": [row._asdict() for row in self.rows]}
+        data["notes"] = dict(self.notes)
         data |= {"multiplications": self.multiplications, "left": self.left}
         return json.dumps(data, indent=2)
 
@@ -88,7 +99,7 @@ class Sparsities(Tabular):
                 f"{row.left:,}",
             ]
             for row in self.rows
-        ]
+        ] + [[path, note, "", "", ""] for path, note in self.notes]
 
 
 def report(fn: Callable) -> Callable[..., Sparsities]:

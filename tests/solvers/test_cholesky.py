@@ -4,10 +4,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import damped, problem
 
 import jaxcompress as jc
 from jaxcompress._solvers.cholesky import inverse_cholesky
+from tests.solvers.oracles import damped, problem
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import asymmetric, damped, loss, obq, problem, symmetric, table_of
-from oracles import gptq as published
 
 import jaxcompress as jc
 from jaxcompress import formats
 from jaxcompress._solvers.gptq import gptq
 from jaxcompress._solvers.rounder import Scaled, find_scales, round_to
+from tests.solvers.oracles import asymmetric, damped, loss, obq, problem, symmetric, table_of
+from tests.solvers.oracles import gptq as published
 
 # A float32 weight may lie on the other side of a tie than its float64 twin; what is rounded after
 # it then differs by more than one step. That is one output in a hundred or so.

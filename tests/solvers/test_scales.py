@@ -4,7 +4,6 @@
 import jax
 import numpy as np
 import pytest
-from oracles import asymmetric, problem, symmetric
 
 import jaxcompress as jc
 from jaxcompress import formats
@@ -14,6 +13,7 @@ from jaxcompress._solvers.clip import FACTORS, clip
 from jaxcompress._solvers.equalize import equalize, equalize_three
 from jaxcompress._solvers.rounder import Scaled
 from jaxcompress._solvers.smooth import smooth
+from tests.solvers.oracles import asymmetric, problem, symmetric
 
 ROUNDERS = {"int4": (formats.int4, symmetric(-7, 7)), "uint3": (formats.uint3, asymmetric(7))}
 

@@ -4,7 +4,6 @@
 import jax
 import numpy as np
 import pytest
-from oracles import damped, loss, problem, symmetric
 
 import jaxcompress as jc
 from jaxcompress import formats
@@ -12,6 +11,7 @@ from jaxcompress._solvers.gptq import gptq
 from jaxcompress._solvers.rounder import find_scales, round_to
 from jaxcompress._solvers.sparsegpt import sparsegpt
 from jaxcompress._solvers.wanda import wanda
+from tests.solvers.oracles import damped, loss, problem, symmetric
 
 # A float32 score may be on the other side of the threshold than its float64 twin.
 SAME_OUTPUTS = 0.97

@@ -18,6 +18,7 @@ from ._method import Method as Method
 from ._mse import mse as mse
 from ._rtn import rtn as rtn
 from ._smoothquant import smoothquant as smoothquant
+from ._sparsegpt import sparsegpt as sparsegpt
 
 METHODS: Mapping[str, Callable[[], Method]] = types.MappingProxyType(
     {
@@ -26,6 +27,7 @@ METHODS: Mapping[str, Callable[[], Method]] = types.MappingProxyType(
             rtn,
             mse,
             gptq,
+            sparsegpt,
             awq,
             smoothquant,
             equalization,

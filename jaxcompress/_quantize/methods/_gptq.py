@@ -8,6 +8,7 @@ from ..._solvers.gptq import gptq as solve
 from ..rounder import QuantizerRounder
 from ._method import Layer, Method
 from ._mse import searched
+from ._sparsegpt import needs_zero
 
 
 def gptq(
@@ -18,6 +19,7 @@ def gptq(
     search: bool = True,
     block: int = 128,
     precision: str = "float32",
+    keep_zeros: bool = False,
 ) -> Method:
     """GPTQ: inputs are rounded one after the other, each error is corrected in those that follow.
 
@@ -38,6 +40,7 @@ def gptq(
         less the range of the largest weight is a poor one.
       block: inputs after which errors are pushed on; a matter of speed.
       precision: of the factorization, "float32" or "float64" (on the host).
+      keep_zeros: weights that are zero stay zero: of pruned parameters.
 
     >>> gptq(damping=0.1).needs
     ('gram',)
@@ -50,6 +53,8 @@ def gptq(
 
     def round(layer: Layer) -> QTensor:
         q = layer.weight.quantizer
+        if keep_zeros:
+            needs_zero(q.format, "gptq(keep_zeros=True)")
         done = solve(
             layer.w,
             layer.statistics["gram"],
@@ -59,6 +64,7 @@ def gptq(
             static_groups=static,
             damping=damping,
             block=block,
+            mask=layer.w != 0 if keep_zeros else None,
             precision=precision,
         )
         s = done.scales
@@ -66,7 +72,7 @@ def gptq(
 
     settings = {
         "damping": damping, "act_order": act_order, "static_groups": static, "search": search,
-        "block": block, "precision": precision,
+        "block": block, "precision": precision, "keep_zeros": keep_zeros,
     }  # fmt: skip
     return Method(
         "gptq", round=round, needs=("gram",), sequential=True, settings=tuple(settings.items())

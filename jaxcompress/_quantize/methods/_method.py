@@ -66,6 +66,11 @@ class Layer:
         assert self.rows is not None
         return self._mapped(self.rows.of)(self.v.astype(jnp.float32))
 
+    def back(self, rows: jax.Array) -> jax.Array:
+        """An array [*stack, *lead, out, in] laid out as the weight."""
+        assert self.rows is not None
+        return self._mapped(self.rows.back)(rows)
+
     @property
     def group_size(self) -> int | None:
         """How many consecutive inputs share a scale; None for one scale an output."""

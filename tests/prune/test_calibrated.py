@@ -58,11 +58,11 @@ def test_layers_in_sequence_by_hand(amount):
 
 
 def test_all_at_once_sees_the_float_function():
-    small = prune.wanda(mlp, MLP, X, sparsity=0.5, sequential=False)
+    small = prune.wanda(mlp, MLP, X, sparsity=0.9, sequential=False)
     h = jax.nn.relu(np.concatenate(X) @ MLP["a"]["w"] + MLP["a"]["b"])
-    mask = wanda_by_hand(MLP["c"]["w"], h, 0.5)
+    mask = wanda_by_hand(MLP["c"]["w"], h, 0.9)
     assert same(small.report.masks["c"]["w"], mask) > 0.99
-    assert same(prune.wanda(mlp, MLP, X, sparsity=0.5).report.masks["c"]["w"], mask) < 0.99
+    assert same(prune.wanda(mlp, MLP, X, sparsity=0.9).report.masks["c"]["w"], mask) < 0.99
 
 
 def test_scanned_layers_equal_layers_in_a_list():
@@ -74,7 +74,8 @@ def test_scanned_layers_equal_layers_in_a_list():
             assert same(a.report.masks["layers"][name][k], b.report.masks["layers"][k][name]) > 0.98
             assert distance(a.params["layers"][name][k], b.params["layers"][k][name]) < 0.05
     assert dict(a.report.notes) == {
-        "emb": "left alone: it is read by gather, without rows of inputs"
+        "emb": "left alone: it is read by gather, without rows of inputs",
+        "layers/g": "left alone: no matmul or convolution reads it",
     }
     assert "left alone" in str(a.report) and a.report.masks["emb"].shape == ()
     clean = scanned(stacked, DATA[0])
@@ -159,11 +160,11 @@ def test_blocks_by_hand():
     h += 0.01 * np.mean(np.diag(h)) * np.eye(16)
     scores = (np.float64(w) ** 2 / np.diag(np.linalg.inv(h))).reshape(8, 4, 8, 2).mean((1, 3))
     assert same(mask, np.kron(most(scores, 32), np.ones((4, 2), bool))) > 0.95
-    # The weights that stay solve the least squares of their outputs with the others at zero, as
-    # far as one pass in a fixed order does: closer than leaving them as they are.
-    left = np.where(mask, w, 0)
-    made = np.asarray(small.params["a"]["w"]).T
-    assert np.linalg.norm(x @ (made - w).T) < 0.9 * np.linalg.norm(x @ (left - w).T)
+    left, u = np.array(w, np.float64), np.linalg.cholesky(np.linalg.inv(h)).T
+    for i in range(16):  # the published loop, with this mask
+        e = np.where(mask[:, i], 0, left[:, i]) / u[i, i]
+        left[:, i:] -= np.outer(e, u[i, i:])
+    np.testing.assert_allclose(small.params["a"]["w"], np.where(mask, left, 0).T, atol=2e-3)
 
 
 def test_owl_by_its_formula():
@@ -175,8 +176,6 @@ def test_owl_by_its_formula():
     )
     masks = small.report.masks["layers"]
     found = np.array([1 - np.mean([np.mean(masks[n][k]) for n in names]) for k in range(3)])
-    inputs = {n: jc.tap(scanned, f"layers/{n}")(stacked, DATA[0]) for n in ()}
-    del inputs
     shares, x = [], [stacked["emb"][ids] for ids in DATA]
     for k in range(3):
         p = jax.tree.map(lambda a, k=k: a[k], stacked["layers"])
@@ -200,7 +199,7 @@ def test_owl_by_its_formula():
 
 
 def test_joint_rounding_and_kept_zeros():
-    recipe = jc.Recipe([jc.Rule("*", jc.Quantizer("int4", "group:8"))])
+    recipe = jc.Recipe([jc.Rule("*", "int3")])
     clean = mlp(MLP, np.concatenate(X))
 
     def error(small):

@@ -59,3 +59,19 @@ def test_lsq_says_how_to_get_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("FMNIST_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         load("lsq_w4a4").main()
+
+
+@pytest.mark.slow
+def test_everything_in_one_step(capsys, noise_images):
+    module = load("compress_all")
+    module.STEPS = 2
+    module.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["weights", "bytes", "test", "accuracy", "agreement"]
+    found = [re.fullmatch(r"(.+?) +([\d,]+) +([\d.]+)% +([\d.]+)%", row) for row in rows]
+    sizes = {match[1]: int(match[2].replace(",", "")) for match in found if match}
+    assert len(sizes) == 7 and sizes["float32"] == 4 * (784 * 128 + 128 * 128 + 1280 + 266)
+    codes, bits = (784 * 128 + 128 * 128 + 1280) // 2, 4 * (128 + 128 + 10)
+    assert sizes["int4"] == codes + bits + 4 * 266
+    # Half of the codes, and two bits for each value that is kept; ten of them take three bytes.
+    assert sizes["2:4, int4"] == codes // 2 + codes // 4 + 64 // 2 + bits + 4 * 266

@@ -147,12 +147,15 @@ def grouped(bits):
     return jc.Recipe([table, jc.Rule("*", jc.Quantizer(f"int{bits}", "group:32"))], f"w{bits}-g32")
 
 
+PUBLISHED = jc.methods.gptq(act_order=False, search=False)
 ROWS = (
     ("w8a8", "rtn"),
     ("w8a8", "smoothquant"),
     ("w4a16-g32", "rtn"),
+    ("w4a16-g32", PUBLISHED),
     ("w4a16-g32", "gptq"),
     (grouped(3), "rtn"),
+    (grouped(3), ["awq", PUBLISHED]),
     (grouped(3), ["awq", "gptq"]),
     (grouped(2), "rtn"),
     (grouped(2), "awq"),
@@ -166,9 +169,10 @@ def main():
         predict = functools.partial(jax.jit(small.fn), small.params)
         found, size = evaluate(predict), jc.nbytes(small.params)
         name = recipe if isinstance(recipe, str) else recipe.name
-        steps = method if isinstance(method, str) else "+".join(method)
+        steps = "+".join(step.name for step in jc.methods.chain(method))
+        steps += " as published" if PUBLISHED in jc.methods.chain(method) else ""
         numbers = f"pearson {found['pearson']:.4f}  cosine {found['cosine']:.4f}"
-        print(f"{name:10} {steps:12} {numbers}  {size:,} bytes", flush=True)
+        print(f"{name:10} {steps:21} {numbers}  {size:,} bytes", flush=True)
 
 
 if __name__ == "__main__":

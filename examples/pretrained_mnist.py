@@ -92,11 +92,13 @@ def bits(n):
     return jc.Recipe([jc.Rule("*", f"int{n}")], f"w{n}")
 
 
+PUBLISHED = jc.methods.gptq(act_order=False, search=False)
 ROWS = (
     ("w8a8", "rtn"),
     (bits(4), "rtn"),
     (bits(2), "rtn"),
     (bits(2), "mse"),
+    (bits(2), [PUBLISHED, "bias_correction"]),
     (bits(2), ["gptq", "bias_correction"]),
 )
 
@@ -107,9 +109,10 @@ def main():
         small = jc.quantize(apply, task.params, recipe, calibration=batches, method=method)
         predict = functools.partial(jax.jit(small.fn), small.params)
         name = recipe if isinstance(recipe, str) else recipe.name
-        steps = method if isinstance(method, str) else "+".join(method)
+        steps = "+".join(step.name for step in jc.methods.chain(method))
+        steps += " as published" if PUBLISHED in jc.methods.chain(method) else ""
         accuracy, size = evaluate(predict)["accuracy"], jc.nbytes(small.params)
-        print(f"{name:6} {steps:22} accuracy {accuracy:.4f}  {size:,} bytes", flush=True)
+        print(f"{name:6} {steps:34} accuracy {accuracy:.4f}  {size:,} bytes", flush=True)
 
 
 if __name__ == "__main__":

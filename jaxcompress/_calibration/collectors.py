@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 
 class Collector(NamedTuple):
@@ -51,7 +52,11 @@ def _summed(shape: Callable[[int], tuple[int, ...]], measure: Callable) -> Colle
 
 
 def _gram(x: jax.Array, _: Any) -> jax.Array:
-    return jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
+    spec = jax.typeof(x).sharding.spec  # of the axes of a mesh that are explicit
+    summed = PartitionSpec(*spec[:-2], None, None) if any(spec) else None
+    return jnp.einsum(
+        "...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST, out_sharding=summed
+    )
 
 
 def _averaged(measure: Callable) -> Collector:

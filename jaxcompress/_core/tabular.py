@@ -5,11 +5,22 @@ from __future__ import annotations
 
 import html
 import io
+import os
+import pathlib
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+_STYLE = (
+    "<style>body { font-family: sans-serif; margin: 2em } h2 { font-size: 1.1em; margin-top: 2em }"
+    "table { border-collapse: collapse; font-size: 0.9em } caption { text-align: left; "
+    "font-weight: bold; padding-bottom: 0.6em } td, th { padding: 0.2em 0.8em; text-align: left; "
+    "border-bottom: 1px solid #ddd } tr:hover { background: #f4f6fa }</style>"
+)
 
 
 class Tabular:
@@ -42,12 +53,26 @@ class Tabular:
             table.add_row(*map(Text, row))  # names are no markup: `['a/b']`
         return table
 
-    def to_html(self, path: str) -> None:
-        """Writes the table as a page of HTML."""
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-        page = f"<!DOCTYPE html><html><head>{head}</head><body>{self._repr_html_()}</body></html>"
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page)
+    @property
+    def figures(self) -> Sequence[str]:
+        """Figures that stand below the table in a page, as HTML."""
+        return ()
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Writes a page of HTML that needs no other file: the table, and figures below it.
+
+        The file is there whole or not at all.
+        """
+        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>{_STYLE}'
+        body = self._repr_html_() + "".join(self.figures)
+        page = f"<!DOCTYPE html><html><head>{head}</head><body>{body}</body></html>"
+        target = pathlib.Path(path)
+        temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _repr_html_(self) -> str:
         """The table as HTML, which notebooks show."""

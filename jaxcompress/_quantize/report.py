@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .._core import _compat
 from .._core.arguments import ArgNums, name_of
+from .._core.bars import bars
 from .._core.qtensor import QTensor
 from .._core.tabular import Tabular
 from .._core.transform import Transformed
@@ -85,6 +86,22 @@ class Report(Tabular):
         """The rows as text."""
         rows = (dict(zip(_COLUMNS, _texts(row), strict=True)) for row in self.rows)
         return [[row[heading] for heading, _ in self.columns] for row in rows]
+
+    @property
+    def figures(self) -> list[str]:
+        """Error by layer and bytes by layer."""
+        sizes = [(row.site, (row.bytes_before, row.bytes_after)) for row in self.rows]
+        drawn = [bars("Bytes by layer", ("before", "after"), [s for s in sizes if any(s[1])])]
+        noisy = [row for row in self.rows if row.snr_db is not None]
+        fields = ["snr_db", "weight_snr_db"]
+        fields = [f for f in fields if any(getattr(row, f) is not None for row in noisy)]
+        if noisy:
+            found = [(row.site, [getattr(row, f) for f in fields]) for row in noisy]
+            numbers = [(site, [math.nan if x is None else x for x in xs]) for site, xs in found]
+            names = ["result", "weight"][: len(fields)]
+            title = "Signal over error by layer, dB (higher is better)"
+            drawn.insert(0, bars(title, names, numbers, ".1f"))
+        return drawn
 
 
 def _texts(row: Row) -> tuple[str, ...]:

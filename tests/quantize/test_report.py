@@ -3,6 +3,8 @@
 
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +231,15 @@ def test_printing_and_html(tmp_path):
     assert page.startswith("<!DOCTYPE html>") and report._repr_html_() in page
     assert "&lt;w&gt;&amp;" in page and "<w>" not in page
     assert page.count("<tr>") == len(report.rows) + 1
+    first, second = re.findall(r"<svg.*?</svg>", page)
+    for figure, numbers in (
+        (first, [row.snr_db for row in report.rows]),
+        (second, [n for row in report.rows for n in (row.bytes_before, row.bytes_after)]),
+    ):
+        drawn = [el for el in ElementTree.fromstring(figure) if el.tag.endswith("rect")]
+        widths = [float(el.get("width")) for el in drawn if float(el.get("x")) == 260]
+        widths = widths[-len(numbers) :]  # before them the key
+        np.testing.assert_allclose(widths, 420 * np.array(numbers) / max(numbers), atol=0.06)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(FileNotFoundError):
+        report.to_html(tmp_path / "nowhere" / "report.html")

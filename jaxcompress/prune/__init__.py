@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning: weights that are exactly zero, by any published criterion, in any pytree."""
+"""Pruning: weights that are exactly zero, or arrays that get smaller, in any pytree."""
 
+from . import importance as importance
 from ._axes import contracted_axes as contracted_axes
 from ._chain import chain as chain
 from ._distributions import erk as erk
@@ -28,6 +29,7 @@ from ._schedules import constant as constant
 from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot
 from ._set import set as set
+from ._shrink import shrink as shrink
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse

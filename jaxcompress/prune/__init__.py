@@ -30,6 +30,7 @@ from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot
 from ._set import set as set
 from ._shrink import shrink as shrink
+from ._structured.budget import budget as budget
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse

@@ -155,6 +155,9 @@ def _ordered(graph: Graph) -> dict[Leaf, str]:
                 axis = (eqn.params.get("axes") or (eqn.params.get("axis", -1),))[0]
                 for x in leaves(n.of(eqn.invars[0])[axis]):
                     why[x] = why[x] or name
+            elif name.startswith("ragged_dot"):
+                for x in (x for t in n.of(eqn.invars[2]) for x in leaves(t)):
+                    why[x] = why[x] or "the order of rows"
         for text, v in made:
             if n.known(v) is None:
                 for t in n.dims[v]:

@@ -19,6 +19,7 @@ from ._masks import sparsity as sparsity
 from ._movement import movement as movement
 from ._nm import nm as nm
 from ._random import random as random
+from ._rebuild import rebuild as rebuild
 from ._report import Sparsities as Sparsities
 from ._report import report as report
 from ._rigl import rigl as rigl
@@ -30,12 +31,12 @@ from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot
 from ._set import set as set
 from ._shrink import shrink as shrink
-from ._structured.budget import budget as budget
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
+from ._structured.budget import budget as budget
 from ._structures import blocks as blocks
 from ._structures import channels as channels
 from ._structures import unstructured as unstructured

@@ -161,9 +161,7 @@ class Walk:
         plans, done = n.plan.calls.get(i, ()), n.subs.setdefault(i, [])
         plan = plans[len(done)] if len(done) < len(plans) else Plan()
         around = {**n.mesh, **(mesh or {})}
-        node, outs = self.run(
-            inner, consts, plan, ins, values, n.layers + layers, around, indices
-        )
+        node, outs = self.run(inner, consts, plan, ins, values, n.layers + layers, around, indices)
         done.append(node)
         return outs
 

@@ -60,10 +60,11 @@ class Indices:
 
     def _computed(self, n: Node, eqn: Any, name: str, known: list) -> tuple[Term, int] | None:
         if name == "select_n":  # where(i < 0, i + size, i), and i is not negative
-            sizes = [x for x in known[1:] if x is not None]
-            first = min(sizes, key=lambda x: x[1]) if sizes else None
-            same = len(sizes) == len(eqn.invars) - 1 and all(x[0] is first[0] for x in sizes)
-            return first if same and first[1] == 0 else None
+            found = [x for x in known[1:] if x is not None]
+            if len(found) < len(known) - 1:
+                return None
+            first = min(found, key=lambda x: x[1])
+            return first if first[1] == 0 and all(x[0] is first[0] for x in found) else None
         place = next(k for k, x in enumerate(known) if x is not None)
         (axis, added), others = known[place], [k for k in range(len(known)) if k != place]
         values = [n.known(eqn.invars[k]) for k in others]

@@ -37,7 +37,7 @@ class Kept:
         """
         for x in [*self.indices]:
             root = find(x)
-            if x.pin or root is not x and (not isinstance(root, Leaf) or root.pin):
+            if not isinstance(root, Leaf) or x.pin or root.pin:
                 return x
             if root is not x:
                 if root in self.indices:
@@ -45,7 +45,6 @@ class Kept:
                 self.indices[root] = self.indices.pop(x)
                 if x in self.layer:
                     self.layer[root] = self.layer.pop(x)
-        self.layer = {x: find(axis) for x, axis in self.layer.items()}  # type: ignore[misc]
         return None
 
     def positions(self, t: Term, layer: int = 0) -> np.ndarray:
@@ -92,7 +91,7 @@ class Kept:
         """An array without the indices that are not kept."""
         if not self.changes(dims):
             return x
-        layers = {self.layer[leaf] for t in dims for leaf in leaves(t) if leaf in self.layer}
+        layers = {find(self.layer[leaf]) for t in dims for leaf in leaves(t) if leaf in self.layer}
         at = next((d for d, t in enumerate(dims) if find(t) in layers), None)
         if at is None:
             return self._take(jnp.asarray(x), dims, 0)

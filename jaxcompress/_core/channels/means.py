@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divisions by the number of summed channels whose quotient goes back to the same channels.
 
-    norms       x - sum(x) / C, x / sqrt(sum(x^2) / C)     C is a count: it shrinks with the channels
-    pooling     (sum(x) / C) @ w                           C is a constant: the rest is summed alike
+    norms       x - sum(x) / C, x / sqrt(sum(x^2) / C)    C is a count: it shrinks with them
+    pooling     (sum(x) / C) @ w                          C is a constant: the rest is summed alike
 
 Where channels are removed, the mean of a norm is that of the channels that stay. A mean that no
 longer meets the channels it was taken over keeps its divisor: a removed channel counts as zero.

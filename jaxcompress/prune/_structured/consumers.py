@@ -56,9 +56,7 @@ def consumers(graph: Graph) -> Iterator[Consumer]:
             dims = n.of(n.jaxpr.eqns[i].invars[rows.weight])
             lead = tuple(dims[d] for d in rows.order[: rows.counts[0]])
             inputs = Prod([dims[d] for d in rows.contracted])
-            layers = tuple(
-                t for t, layered in zip(n.layers, site.layered, strict=True) if layered
-            )
+            layers = tuple(t for t, layered in zip(n.layers, site.layered, strict=True) if layered)
             yield Consumer(site, rows, inputs, lead, layers)
         for sub in itertools.chain(*n.subs.values()):
             yield from walk(sub)

@@ -42,9 +42,7 @@ def repaired(
     sites = reading(problem, list(kept))
     biases = biases_of(problem.graph.traced, (problem.params, *problem.inputs), {})
     shared = collections.Counter(bias.path for bias in biases.values())
-    uses = collections.Counter(
-        c.site.operands[c.rows.weight].path for c, _ in sites.values()
-    )
+    uses = collections.Counter(c.site.operands[c.rows.weight].path for c, _ in sites.values())
     found: dict[str, tuple[Consumer, Bias | None]] = {}
     for name, (consumer, _) in sites.items():
         path, bias = consumer.site.operands[consumer.rows.weight].path, biases.get(name)

@@ -26,11 +26,12 @@ def parameter(problem: Problem, consumer: Consumer) -> int:
 def reader(problem: Problem, consumer: Consumer) -> Any:
     """A linear function from the parameter to the rows of a site; None if there is none."""
     operand, rows = consumer.site.operands[consumer.rows.weight], consumer.rows
-    if operand.reads is None or operand.path not in problem.graph.paths:
+    steps = operand.reads
+    if steps is None or operand.path not in problem.graph.paths:
         return None
 
     def read(x: Any) -> jax.Array:
-        for step, arg, lead in operand.reads:
+        for step, arg, lead in steps:
             if step == "cast":
                 x = x.astype(arg)
             elif step == "reshape":

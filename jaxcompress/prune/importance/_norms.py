@@ -25,7 +25,7 @@ def over_members(reduce: Callable[[Any], Any], finish: Callable[[Any], Any]) -> 
                 for _, _, x in problem.slices(leaf)
                 if jnp.issubdtype(x.dtype, jnp.floating)
             ]
-            return finish(sum(found, jnp.zeros(leaf.size)))
+            return finish(sum(found) if found else jnp.zeros(leaf.size))
 
         return score
 

@@ -69,9 +69,7 @@ def test_removing_equals_zeroing(name):
             continue
         if group.ordered == "the order of layers":
             continue
-        small = jc.prune.shrink(
-            fn, params, *inputs, keep={str(group.members[0]): 0.5}, mean="keep"
-        )
+        small = jc.prune.shrink(fn, params, *inputs, keep={str(group.members[0]): 0.5}, mean="keep")
         got = small.fn(small.params, *inputs)
         want = run(zeroed(params, groups, small, SPARE.get(name, ())), *inputs)
         assert distance(got, want) < TOLERANCE, group
@@ -94,9 +92,10 @@ def test_the_small_function_is_a_function(name):
         assert jax.tree.map(jnp.shape, g) == jax.tree.map(jnp.shape, small.params)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(g))
         assert any(bool((x != 0).any()) for x in jax.tree.leaves(g))
-    two = [jnp.stack([x, x]) for x in inputs]
-    mapped = jax.vmap(small.fn, (None, *[0] * len(inputs)))(small.params, *two)
-    assert distance(mapped[1], out) < TOLERANCE
+    if name != "experts":  # JAX does not map ragged_dot over this axis
+        two = [jnp.stack([x, x]) for x in inputs]
+        mapped = jax.jit(jax.vmap(small.fn, (None, *[0] * len(inputs))))(small.params, *two)
+        assert distance(mapped[1], out) < TOLERANCE
     if name not in ("relu_rnn", "lstm", "gru", "branches"):  # time first; reads across the batch
         one = small.fn(small.params, *(x[:1] for x in inputs))
         if name != "dense_experts":
@@ -127,13 +126,15 @@ def test_the_same_source_with_cut_parameters(name):
         assert distance(small.fn(small.params, *inputs), want) < TOLERANCE, member
 
 
-def test_a_gradient_is_that_of_the_cut_source():
-    for name in ("mlp", "llama_stacked"):
-        fn, params, inputs = NETS[name]()
-        small = jc.prune.shrink(fn, params, *inputs, keep={"*down:0" if name == "mlp" else "emb:1": 0.5})
-        loss = lambda f: lambda p: jnp.sum(jnp.sin(f(p, *inputs)))  # noqa: E731
-        got, want = (jax.grad(loss(f))(small.params) for f in (small.fn, fn))
-        assert distance(got, want) < 1e-4
+@pytest.mark.parametrize(("name", "member"), [("mlp", "down:0"), ("llama_stacked", "emb:1")])
+def test_a_gradient_is_that_of_the_cut_source(name, member):
+    fn, params, inputs = NETS[name]()
+    small = jc.prune.shrink(fn, params, *inputs, keep={member: 0.5})
+
+    def grad(f):
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(f(p, *inputs)))))(small.params)
+
+    assert distance(grad(small.fn), grad(fn)) < 1e-4
 
 
 def test_every_layer_keeps_its_own_units_and_layers_leave():
@@ -144,7 +145,8 @@ def test_every_layer_keeps_its_own_units_and_layers_leave():
     assert (kept[0] != kept[1]).any()
     small = jc.prune.shrink(fn, params, *inputs, keep={"layers/g1:0": [0, 2]})
     assert small.params["layers"]["wi"].shape[0] == 2
-    np.testing.assert_array_equal(small.params["layers"]["wq"], np.asarray(params["layers"]["wq"])[[0, 2]])
+    wq = np.asarray(params["layers"]["wq"])
+    np.testing.assert_array_equal(small.params["layers"]["wq"], wq[[0, 2]])
 
 
 def test_the_users_derivative_stays():

@@ -263,9 +263,11 @@ def test_repair_inside_a_scan_is_of_its_layer():
     for i, (up, down) in enumerate(zip(STACK["up"], STACK["down"])):
         units = np.maximum(h @ up, 0)
         want, *_ = np.linalg.lstsq(units[:, kept[i]], units @ down, rcond=None)
-        alive = units[:, kept[i]].any(0)  # a unit that never fires keeps its weights
-        assert alive.sum() > 1
-        np.testing.assert_allclose(small.params["down"][i][alive], want[alive], rtol=5e-3)
+        got = np.asarray(small.params["down"][i], np.float64)
+        errors = [np.linalg.norm(units[:, kept[i]] @ w - units @ down) for w in (got, want)]
+        plain = np.linalg.norm(units[:, kept[i]] @ down[kept[i]] - units @ down)
+        assert errors[0] < 1.01 * errors[1] + 1e-3 * plain
+        assert errors[0] < 0.9 * plain
         h = h + units @ down
 
 
@@ -439,7 +441,7 @@ def test_functions_that_pin_everything_and_bad_parameters():
         small.fn({"up": UP}, X)
 
 
-BUDGETS = {
+BUDGETS: dict[str, dict] = {
     "give one of bytes, flops and latency; got 0": {},
     "got 2": {"bytes": 3, "flops": 4},
     "flops=1.5": {"flops": 1.5},

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from .. import _compat
 from .terms import Cat, Dims, Leaf, Term, find, leaves
 
 
@@ -87,25 +86,23 @@ class Kept:
         """Whether an array of these dimensions gets smaller."""
         return any(map(self.touches, dims))
 
-    def restrict(self, x: Any, dims: Dims) -> jax.Array:
-        """An array without the indices that are not kept."""
+    def restrict(self, x: Any, dims: Dims) -> Any:
+        """An array without the indices that are not kept; NumPy's, unless it is traced."""
         if not self.changes(dims):
             return x
+        np_ = jnp if isinstance(x, _compat.Tracer) else np
         layers = {find(self.layer[leaf]) for t in dims for leaf in leaves(t) if leaf in self.layer}
         at = next((d for d, t in enumerate(dims) if find(t) in layers), None)
         if at is None:
-            return self._take(jnp.asarray(x), dims, 0)
-        x, rest = jnp.asarray(x), (*dims[:at], *dims[at + 1 :])
-        parts = [
-            self._take(lax.index_in_dim(x, int(j), at, False), rest, int(j))
-            for j in self.positions(dims[at])
-        ]
-        return jnp.stack(parts, at)
+            return self._take(np_, np_.asarray(x), dims, 0)
+        x, rest = np_.moveaxis(np_.asarray(x), at, 0), (*dims[:at], *dims[at + 1 :])
+        parts = [self._take(np_, x[int(j)], rest, int(j)) for j in self.positions(dims[at])]
+        return np_.stack(parts, at)
 
-    def _take(self, x: jax.Array, dims: Sequence[Term], layer: int) -> jax.Array:
+    def _take(self, np_: Any, x: Any, dims: Sequence[Term], layer: int) -> Any:
         for d, t in enumerate(dims):
             if self.touches(t):
-                x = jnp.take(x, self.positions(t, layer), axis=d)
+                x = np_.take(x, self.positions(t, layer), axis=d)
         return x
 
     def numbers(self, t: Term) -> np.ndarray:

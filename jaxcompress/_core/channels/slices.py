@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .flow import conv_view
@@ -34,7 +32,7 @@ def places(t: Term, leaf: Leaf) -> np.ndarray:
 
 def slices(
     graph: Graph, leaf: Leaf, layer: Leaf | None, arrays: Sequence
-) -> Iterator[tuple[str, int, jax.Array]]:
+) -> Iterator[tuple[str, int, np.ndarray]]:
     """(path, axis, values) of every member: [size, values], or [layers, size, values].
 
     Args:
@@ -49,10 +47,10 @@ def slices(
             if not at.size:
                 continue
             lead = next((d for d, o in enumerate(dims) if layer and find(o) is layer), None)
-            values = jnp.moveaxis(jnp.asarray(x), axis, 0)[at.ravel()]
+            values = np.moveaxis(np.asarray(x), axis, 0)[at.ravel()]
             values = values.reshape(*at.shape, *values.shape[1:])  # [size, count, others]
             if lead is not None:
-                values = jnp.moveaxis(values, lead + 2 - (lead > axis), 0)
+                values = np.moveaxis(values, lead + 2 - (lead > axis), 0)
                 yield path, axis, values.reshape(*values.shape[:2], -1)
             else:
                 yield path, axis, values.reshape(leaf.size, -1)

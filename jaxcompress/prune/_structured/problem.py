@@ -128,7 +128,7 @@ def problem(fn: Callable, params: Any, inputs: tuple, calibration: Any) -> Probl
     tree = param_tree(graph, fn, 0, args, {})
     arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in tree.arrays(params)]
     for path, x in zip(graph.paths, arrays):
-        if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x)).all():
             raise RecipeError(f"`{path}` has numbers that are NaN or infinite: nothing to compare.")
     batches = None if calibration is None else Batches(calibration)
     return Problem(

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..._errors import RecipeError
@@ -80,7 +79,7 @@ def measured(problem: Problem, importance: Importance, leaves: list[Leaf]) -> Me
 
 def _checked(problem: Problem, importance: Importance, leaf: Leaf, found: Any) -> np.ndarray:
     group = problem.groups[leaf]
-    scores = np.asarray(jnp.asarray(found), np.float64)
+    scores = np.asarray(found, np.float64)
     shapes = [(leaf.size,)] + ([(group.layers, leaf.size)] if group.layers else [])
     if scores.shape not in shapes or not np.isfinite(scores).all():
         problems = "NaN or infinite" if scores.shape in shapes else f"of shape {scores.shape}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from ._base import Importance, Measure
 
@@ -25,13 +25,11 @@ def fpgm() -> Importance:
 
     def prepare(problem: Problem, leaves: list[Leaf]) -> Measure:
         def score(leaf: Leaf) -> Any:
-            w = jnp.concatenate(
-                [x.astype(jnp.float32) for _, _, x in problem.slices(leaf)], axis=-1
-            )
-            square = jnp.sum(w * w, -1)
-            dots = jnp.einsum("...ik,...jk->...ij", w, w)
+            w = np.concatenate([x.astype(np.float32) for _, _, x in problem.slices(leaf)], axis=-1)
+            square = np.sum(w * w, -1)
+            dots = np.einsum("...ik,...jk->...ij", w, w)
             apart = square[..., :, None] + square[..., None, :] - 2 * dots
-            return jnp.sum(jnp.sqrt(jnp.maximum(apart, 0)), -1)
+            return np.sum(np.sqrt(np.maximum(apart, 0)), -1)
 
         return score
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from ..._core.patterns import matches
 from ..._errors import RecipeError
@@ -37,7 +37,7 @@ def gamma(pattern: str) -> Importance:
                     f"matches {pattern!r}: {', '.join(map(str, problem.groups[leaf].members))}. "
                     "Name other groups in keep, or use another importance."
                 )
-            return sum(jnp.sum(jnp.abs(x), -1) for x in found)
+            return sum(np.sum(np.abs(x), -1) for x in found)
 
         return score
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ._base import Importance, Measure
 
@@ -21,11 +22,11 @@ def over_members(reduce: Callable[[Any], Any], finish: Callable[[Any], Any]) -> 
     def prepare(problem: Problem, leaves: list[Leaf]) -> Measure:
         def score(leaf: Leaf) -> Any:
             found = [
-                reduce(x.astype(jnp.float32))
+                reduce(x.astype(np.float32))
                 for _, _, x in problem.slices(leaf)
                 if jnp.issubdtype(x.dtype, jnp.floating)
             ]
-            return finish(sum(found) if found else jnp.zeros(leaf.size))
+            return finish(sum(found) if found else np.zeros(leaf.size))
 
         return score
 
@@ -41,7 +42,7 @@ def l1() -> Importance:
     >>> l1().name
     'l1'
     """
-    return Importance("l1", over_members(lambda x: jnp.sum(jnp.abs(x), -1), lambda s: s))
+    return Importance("l1", over_members(lambda x: np.sum(np.abs(x), -1), lambda s: s))
 
 
 def l2() -> Importance:
@@ -52,4 +53,4 @@ def l2() -> Importance:
     >>> l2().name
     'l2'
     """
-    return Importance("l2", over_members(lambda x: jnp.sum(x * x, -1), jnp.sqrt))
+    return Importance("l2", over_members(lambda x: np.sum(x * x, -1), np.sqrt))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..._errors import RecipeError
 from ._base import Importance, Measure
@@ -44,12 +45,14 @@ def taylor(loss: Callable) -> Importance:
                 args = args[0]
             g = problem.tree.arrays(grad(problem.params, *args, **batch.kwargs))
             change = [
-                w * d if jnp.issubdtype(d.dtype, jnp.inexact) else jnp.zeros(jnp.shape(w))
+                np.asarray(w, np.float32) * np.asarray(d, np.float32)
+                if jnp.issubdtype(d.dtype, jnp.inexact)
+                else np.zeros(np.shape(w))
                 for w, d in zip(problem.arrays, g, strict=True)
             ]
             for leaf in leaves:
                 for _, _, x in problem.slices(leaf, change):
-                    totals[leaf] = totals[leaf] + jnp.sum(x, -1) ** 2
+                    totals[leaf] = totals[leaf] + np.sum(x, -1) ** 2
             count += 1
         if not count:
             raise RecipeError("importance taylor: calibration has no batches.")

@@ -48,62 +48,6 @@ def zeroed(params, groups, small, spare=()):
     return jax.tree.unflatten(tree, list(flat.values()))
 
 
-# Zeros there change more than the channel: 0 / 0, the first expert chosen.
-SPARE = {"weight_norm": ("v",)}
-NOT_ZEROING = {  # centred norms mix the residual width, experts are chosen by it
-    "gpt": "emb:1",
-    "vit": "cls:0",
-    "experts": "down:0",
-}
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_removing_equals_zeroing(name):
-    fn, params, inputs = NETS[name]()
-    groups = jc.prune.groups(fn)(params, *inputs)
-    run = jax.jit(fn)
-    before = run(params, *inputs)
-    tried = 0
-    for group in groups:
-        if group.pinned or NOT_ZEROING.get(name) in map(str, group.members):
-            continue
-        if group.ordered == "the order of layers":
-            continue
-        small = jc.prune.shrink(fn, params, *inputs, keep={str(group.members[0]): 0.5}, mean="keep")
-        got = small.fn(small.params, *inputs)
-        want = run(zeroed(params, groups, small, SPARE.get(name, ())), *inputs)
-        assert distance(got, want) < TOLERANCE, group
-        assert distance(want, before) > 1e-3  # what was removed did something
-        sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (small.params, params)]
-        assert sizes[0] < sizes[1]
-        tried += 1
-    assert tried
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_the_small_function_is_a_function(name):
-    """It is differentiated, mapped, traced and shrunk again, and takes other batches."""
-    fn, params, inputs = NETS[name]()
-    small = jc.prune.shrink(fn, params, *inputs, keep=0.5)
-    out = small.fn(small.params, *inputs)
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out))
-    if name != "branches":  # a while loop has no reverse mode
-        g = jax.jit(jax.grad(lambda p: jnp.sum(small.fn(p, *inputs) ** 2)))(small.params)
-        assert jax.tree.map(jnp.shape, g) == jax.tree.map(jnp.shape, small.params)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(g))
-        assert any(bool((x != 0).any()) for x in jax.tree.leaves(g))
-    if name != "experts":  # JAX does not map ragged_dot over this axis
-        two = [jnp.stack([x, x]) for x in inputs]
-        mapped = jax.jit(jax.vmap(small.fn, (None, *[0] * len(inputs))))(small.params, *two)
-        assert distance(mapped[1], out) < TOLERANCE
-    if name not in ("relu_rnn", "lstm", "gru", "branches"):  # time first; reads across the batch
-        one = small.fn(small.params, *(x[:1] for x in inputs))
-        if name != "dense_experts":
-            assert distance(one, out[:1]) < TOLERANCE
-    again = jc.prune.shrink(small.fn, small.params, *inputs, keep=0.5)
-    assert again.report.bytes[1] < small.report.bytes[1]
-
-
 # Sources that read their sizes off the parameters: cut parameters are their own small function.
 POLYMORPHIC = {
     "mlp": ["up:1", "down:0"],

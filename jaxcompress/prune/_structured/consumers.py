@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..._calibration.rows import Rows, rows_of
 from ..._calibration.stream import collect, same_inputs
 from ..._core.channels.slices import places
-from ..._core.channels.terms import Prod, leaves
+from ..._core.channels.terms import Prod, find, leaves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,3 +81,10 @@ def statistics(problem: Problem, names: list[str], wanted: tuple[str, ...], why:
     asked = {same.get(name, name): wanted for name in names}
     found = collect(problem.fn, problem.params, problem.data(why), asked)
     return {name: found[same.get(name, name)] for name in names}
+
+
+def of_layers(problem: Problem, consumer: Consumer, leaf: Leaf, values: np.ndarray) -> np.ndarray:
+    """[size], or [layers, size] for a group of each layer, of values [*stack, *lead, size]."""
+    layer = problem.layers.get(leaf)
+    kept = [k for k, t in enumerate(consumer.layers) if layer is not None and find(t) is layer]
+    return values.sum(tuple(k for k in range(values.ndim - 1) if k not in kept))

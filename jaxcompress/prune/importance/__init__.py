@@ -10,5 +10,6 @@ from ._fpgm import fpgm as fpgm
 from ._gamma import gamma as gamma
 from ._norms import l1 as l1
 from ._norms import l2 as l2
+from ._obs import obs as obs
 from ._random import random as random
 from ._taylor import taylor as taylor

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from ..._errors import RecipeError
-from .._structured.consumers import Consumer, reading, statistics
+from .._structured.consumers import Consumer, of_layers, reading, statistics
 from .._structured.weights import site_weight
 from ._base import Importance, Measure
 
@@ -27,10 +26,10 @@ def activation() -> Importance:
     'activation'
     """
 
-    def weighed(problem: Problem, consumer: Consumer, norm: jax.Array) -> jax.Array:
+    def weighed(problem: Problem, consumer: Consumer, norm: np.ndarray) -> np.ndarray:
         return norm**2
 
-    return Importance("activation", _over_consumers(weighed, "activation", jnp.sqrt))
+    return Importance("activation", _over_consumers(weighed, "activation", np.sqrt))
 
 
 def wanda() -> Importance:
@@ -42,14 +41,14 @@ def wanda() -> Importance:
     'wanda'
     """
 
-    def weighed(problem: Problem, consumer: Consumer, norm: jax.Array) -> jax.Array:
+    def weighed(problem: Problem, consumer: Consumer, norm: np.ndarray) -> np.ndarray:
         w = site_weight(problem, consumer)
         if w is None:
             raise RecipeError(
                 f"importance wanda: the weight of `{consumer.site.name}` is computed, not a "
                 "parameter as a whole. Use activation, or another importance."
             )
-        return jnp.sum(jnp.abs(w), -2) * norm
+        return np.sum(np.abs(np.asarray(w, np.float32)), -2) * norm
 
     return Importance("wanda", _over_consumers(weighed, "wanda", lambda s: s))
 
@@ -62,9 +61,11 @@ def _over_consumers(weighed: Any, name: str, finish: Any) -> Any:
         norms = statistics(problem, list(sites), ("norm",), f"importance {name}") if sites else {}
         parts: dict[Leaf, list] = {leaf: [] for leaf in leaves}
         for site, (consumer, held) in sites.items():
-            values = weighed(problem, consumer, norms[site]["norm"])
+            values = weighed(problem, consumer, np.asarray(norms[site]["norm"]))
             for leaf in held:
-                parts[leaf].append(_of(problem, consumer, leaf, values))
+                at = consumer.places(leaf)
+                picked = values[..., at.ravel()].reshape(*values.shape[:-1], *at.shape).sum(-1)
+                parts[leaf].append(of_layers(problem, consumer, leaf, picked))
 
         def score(leaf: Leaf) -> Any:
             if not parts[leaf]:
@@ -77,15 +78,3 @@ def _over_consumers(weighed: Any, name: str, finish: Any) -> Any:
         return score
 
     return prepare
-
-
-def _of(problem: Problem, consumer: Consumer, leaf: Leaf, values: jax.Array) -> jax.Array:
-    """[size], or [layers, size], of values [*stack, *lead, in]."""
-    at = consumer.places(leaf)
-    picked = values[..., at.ravel()].reshape(*values.shape[:-1], *at.shape).sum(-1)
-    layer = problem.layers.get(leaf)
-    from ..._core.channels.terms import find
-
-    keep = [k for k, t in enumerate(consumer.layers) if layer is not None and find(t) is layer]
-    gone = tuple(k for k in range(picked.ndim - 1) if k not in keep)
-    return picked.sum(gone)

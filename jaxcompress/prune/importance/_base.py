@@ -38,9 +38,9 @@ def get(importance: Any) -> Importance:
     Raises:
       RecipeError: there is none of that name.
     """
-    from . import activation, fpgm, l1, l2, wanda
+    from . import activation, fpgm, l1, l2, obs, wanda
 
-    named = {f.__name__: f for f in (l1, l2, fpgm, activation, wanda)}
+    named = {f.__name__: f for f in (l1, l2, fpgm, activation, wanda, obs)}
     if isinstance(importance, Importance):
         return importance
     if isinstance(importance, str) and importance in named:

@@ -3,6 +3,7 @@
 
 from . import importance as importance
 from ._axes import contracted_axes as contracted_axes
+from ._budget import budget as budget
 from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform
@@ -36,7 +37,6 @@ from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse
 from ._ste import sr_ste as sr_ste
 from ._ste import ste as ste
-from ._structured.budget import budget as budget
 from ._structures import blocks as blocks
 from ._structures import channels as channels
 from ._structures import unstructured as unstructured

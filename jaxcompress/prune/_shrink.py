@@ -80,8 +80,9 @@ def shrink(
     References: Fang et al. 2023 (DepGraph) for groups and their norms; Hubara et al. 2021 and
     Frantar and Alistarh 2022 for least-squares reconstruction; An et al. 2024 (FLAP) for biases.
     """
+    from ._budget import Budget
     from ._structured import choice, report
-    from ._structured.budget import Budget, within
+    from ._structured.budget import within
     from ._structured.problem import LAYERS, problem
     from ._structured.repair import repaired
     from ._structured.small import small_function, small_params

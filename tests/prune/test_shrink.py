@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,8 @@ def test_a_budget_is_met_and_no_more_is_taken(name, cost):
     full = cost(PARAMS)
     for limit in (0.7, 0.45, int(0.3 * full)):
         target = limit * full if isinstance(limit, float) else limit
-        small = shrink(mlp, PARAMS, X, keep=jc.prune.budget(**{name: limit}))
+        given: dict[str, Any] = {name: limit}
+        small = shrink(mlp, PARAMS, X, keep=jc.prune.budget(**given))
         assert cost(small.params) <= target
         scores = {
             "up:1": SCORES["l2"](),

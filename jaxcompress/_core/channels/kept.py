@@ -90,7 +90,7 @@ class Kept:
         """An array without the indices that are not kept; NumPy's, unless it is traced."""
         if not self.changes(dims):
             return x
-        np_ = jnp if isinstance(x, _compat.Tracer) else np
+        np_: Any = jnp if isinstance(x, _compat.Tracer) else np
         layers = {find(self.layer[leaf]) for t in dims for leaf in leaves(t) if leaf in self.layer}
         at = next((d for d, t in enumerate(dims) if find(t) in layers), None)
         if at is None:

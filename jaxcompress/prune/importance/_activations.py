@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..._errors import RecipeError
-from .._structured.consumers import Consumer, of_layers, reading, statistics
-from .._structured.weights import site_weight
 from ._base import Importance, Measure
 
 if TYPE_CHECKING:
     from ..._core.channels.terms import Leaf
+    from .._structured.consumers import Consumer
     from .._structured.problem import Problem
 
 
@@ -42,6 +41,8 @@ def wanda() -> Importance:
     """
 
     def weighed(problem: Problem, consumer: Consumer, norm: np.ndarray) -> np.ndarray:
+        from .._structured.weights import site_weight
+
         w = site_weight(problem, consumer)
         if w is None:
             raise RecipeError(
@@ -57,6 +58,8 @@ def _over_consumers(weighed: Any, name: str, finish: Any) -> Any:
     """Sums `weighed` of [*stack, *lead, in] over the inputs of every index, and over the sites."""
 
     def prepare(problem: Problem, leaves: list[Leaf]) -> Measure:
+        from .._structured.consumers import of_layers, reading, statistics  # takes long to import
+
         sites = reading(problem, leaves)
         norms = statistics(problem, list(sites), ("norm",), f"importance {name}") if sites else {}
         parts: dict[Leaf, list] = {leaf: [] for leaf in leaves}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._structured.small import small_function, small_params
 from ._base import Importance, Measure
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ def cosine() -> Importance:
     """
 
     def prepare(problem: Problem, leaves: list[Leaf]) -> Measure:
+        from .._structured.small import small_function, small_params  # takes long to import
+
         def score(leaf: Leaf) -> Any:
             calls = (
                 [(problem.inputs, {})]

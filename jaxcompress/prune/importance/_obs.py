@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..._errors import RecipeError
-from .._structured.consumers import of_layers, reading, statistics
-from .._structured.weights import site_weight
 from ._base import Importance, Measure
 
 if TYPE_CHECKING:
@@ -36,6 +34,9 @@ def obs(damping: float = 0.01) -> Importance:
     """
 
     def prepare(problem: Problem, leaves: list[Leaf]) -> Measure:
+        from .._structured.consumers import of_layers, reading, statistics  # takes long to import
+        from .._structured.weights import site_weight
+
         sites = reading(problem, leaves)
         found = statistics(problem, list(sites), ("gram",), "importance obs") if sites else {}
         parts: dict[Leaf, list] = {leaf: [] for leaf in leaves}

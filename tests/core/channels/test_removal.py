@@ -28,7 +28,7 @@ def test_removing_equals_zeroing(name):
         for group in groups
         if not group.pinned
         and group.ordered != "the order of layers"
-        and NOT_ZEROING.get(name) not in map(str, group.members)
+        and NOT_ZEROING.get(name) not in [str(m) for m in group.members]
     }
     small = jc.prune.shrink(
         fn, params, *inputs, keep=keep, importance=jc.prune.importance.random(3), mean="keep"

@@ -41,7 +41,8 @@ def budget(
       flops: multiplications and additions of the matmuls and convolutions of one call; a float up
         to 1 is a fraction.
       latency: (measure, limit): `measure(fn, params) -> float` in any unit, called about ten times.
-      pattern: names of the groups that may lose indices. Layers of a scan only if named.
+      pattern: names of the groups that may lose indices. Layers of a scan, and what `argmax` or
+        `top_k` choose among, only if named.
       least: the fraction of every group that stays.
 
     Raises:

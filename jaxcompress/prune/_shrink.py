@@ -43,7 +43,8 @@ def shrink(
       inputs: of one call; `jax.ShapeDtypeStruct`s will do.
       keep: how much stays of every group:
 
-        * a fraction in (0, 1] or a count, of every group but the layers of scans;
+        * a fraction in (0, 1] or a count, of every group but the layers of scans and what the
+          function chooses among by `argmax` or `top_k` (classes, experts), which have to be named;
         * `{pattern: fraction, count or indices}`, patterns on the names of members as
           `jaxcompress.prune.groups` prints them, such as `"*/up:1"`; brackets stand for themselves.
           The first that matches a group decides; other groups stay whole. Indices are int[count],

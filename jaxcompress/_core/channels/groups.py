@@ -154,10 +154,10 @@ def _ordered(graph: Graph) -> dict[Leaf, str]:
             elif name in ("argmax", "argmin", "top_k"):
                 axis = (eqn.params.get("axes") or (eqn.params.get("axis", -1),))[0]
                 for x in leaves(n.of(eqn.invars[0])[axis]):
-                    why[x] = why[x] or name
+                    why[x] = name
             elif name.startswith("ragged_dot"):
                 for x in (x for t in n.of(eqn.invars[2]) for x in leaves(t)):
-                    why[x] = why[x] or "the order of rows"
+                    why[x] = "the order of rows"
         for text, v in made:
             if n.known(v) is None:
                 for t in n.dims[v]:

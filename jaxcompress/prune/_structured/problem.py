@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..._core.channels.terms import Leaf
 
 LAYERS = "the order of layers"
+# What is removed only by name: layers, and what the function chooses among (classes, experts).
+BY_NAME = frozenset({LAYERS, "argmax", "argmin", "top_k", "the order of rows"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,12 +96,12 @@ class Problem:
         return free
 
     def removable(self) -> list[Leaf]:
-        """All groups whose indices can be removed, without the layers of scans.
+        """All groups whose indices can be removed, without those that have to be named.
 
         Raises:
           SiteError: there are none.
         """
-        free = [x for x, g in self.groups.items() if not g.pinned and g.ordered != LAYERS]
+        free = [x for x, g in self.groups.items() if not g.pinned and g.ordered not in BY_NAME]
         if not free:
             why = {g.name: g.pinned for g in self.groups.values() if g.pinned}
             listed = ", ".join(f"`{n}` by {w}" for n, w in list(why.items())[:5])

@@ -246,6 +246,19 @@ def test_a_codebook_looked_up_by_its_nearest_entry():
     assert distance(small.fn(small.params, x), fn(small.params, x)) < TOLERANCE
 
 
+def test_a_choice_keeps_its_numbers_and_is_removed_by_name():
+    d = Draw(71)
+    params, x = {"w": d(4, 6), "v": d(6, 5)}, d(20, 4, scale=1.0)
+    fn = lambda p, x: jnp.argmax(jnp.tanh(x @ p["w"]) @ p["v"], -1)  # noqa: E731
+    group = jc.prune.groups(fn)(params, x)["v:1"]
+    assert (group.pinned, group.ordered) == (None, "argmax")
+    small = jc.prune.shrink(fn, params, x, keep=0.5)
+    assert small.params["v"].shape == (3, 5)
+    small = jc.prune.shrink(fn, params, x, keep={"v:1": [1, 3, 4]})
+    want = np.array([1, 3, 4])[np.argmax(np.tanh(x @ params["w"]) @ small.params["v"], -1)]
+    np.testing.assert_array_equal(small.fn(small.params, x), want)
+
+
 def test_an_index_from_elsewhere_still_pins():
     d = Draw(67)
     params, x = {"w": d(4, 6), "t": d(6, 3)}, d(9, 4, scale=1.0)

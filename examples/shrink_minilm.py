@@ -16,12 +16,14 @@ import minilm
 import jaxcompress as jc
 
 HEADS, UNITS, LAYERS = "layers/out/w:2[0::32]", "layers/down/w:2", "layers/down/w:0"
+BOTH = {HEADS: 9, UNITS: 1152}
 ROWS = {  # what is kept, the importance, the repair
-    "3/4 of heads and units": ({HEADS: 9, UNITS: 1152}, "wanda", None),
-    "and biases": ({HEADS: 9, UNITS: 1152}, "wanda", "bias"),
-    "and least squares": ({HEADS: 9, UNITS: 1152}, "wanda", "least_squares"),
-    "3/4 of units": ({UNITS: 1152}, "wanda", "least_squares"),
-    "3/4 of heads": ({HEADS: 9}, "wanda", "least_squares"),
+    "3/4 of heads and units": (BOTH, "wanda", None),
+    "and biases": (BOTH, "wanda", "bias"),
+    "and least squares": (BOTH, "wanda", "least_squares"),
+    "the same, obs": (BOTH, "obs", "least_squares"),
+    "3/4 of units, obs": ({UNITS: 1152}, "obs", "least_squares"),
+    "3/4 of heads, obs": ({HEADS: 9}, "obs", "least_squares"),
     "5 of 6 layers": ({LAYERS: 5}, "wanda", None),
 }
 

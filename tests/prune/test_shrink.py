@@ -162,6 +162,8 @@ def test_shapes_are_enough():
     shapes = jax.ShapeDtypeStruct(X.shape, X.dtype)
     small = shrink(mlp, PARAMS, shapes, keep=0.5)
     assert small.fn(small.params, X).shape == (64, 3)
+    with pytest.raises(jc.RecipeError, match="cosine, of shapes in place of inputs, needs data"):
+        shrink(stacked, STACK, shapes, keep={"up:0": 3})
 
 
 def flops_of(params, rows=64):

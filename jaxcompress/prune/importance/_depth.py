@@ -33,6 +33,9 @@ def cosine() -> Importance:
         from .._structured.small import small_function, small_params  # takes long to import
 
         def score(leaf: Leaf) -> Any:
+            shapes = [isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(problem.inputs)]
+            if any(shapes):
+                problem.data("importance cosine, of shapes in place of inputs,")
             calls = (
                 [(problem.inputs, {})]
                 if problem.batches is None

@@ -55,6 +55,21 @@ def test_pruning(capsys, noise_images):
     assert zeros == want
 
 
+@pytest.mark.slow
+def test_shrinking(capsys, noise_images, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = load("shrink_fashion")
+    module.STEPS = 2
+    module.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["net", "bytes", "test", "accuracy"]
+    found = [re.fullmatch(r"(.+?) +([\d,]+) +([\d.]+)%", row) for row in rows]
+    sizes = {match[1]: int(match[2].replace(",", "")) for match in found if match}
+    assert list(sizes) == ["original", "quarter of the flops", "and trained on", "and in int8"]
+    assert sizes["and trained on"] == sizes["quarter of the flops"] < 0.4 * sizes["original"]
+    assert sizes["and in int8"] < 0.3 * sizes["and trained on"]
+
+
 def test_lsq_says_how_to_get_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("FMNIST_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning: weights that are exactly zero, by any published criterion, in any pytree."""
+"""Pruning: weights that are exactly zero, or arrays that get smaller, in any pytree."""
 
+from . import importance as importance
 from ._axes import contracted_axes as contracted_axes
+from ._budget import budget as budget
 from ._chain import chain as chain
 from ._distributions import erk as erk
 from ._distributions import uniform as uniform
@@ -19,6 +21,7 @@ from ._movement import movement as movement
 from ._nm import nm as nm
 from ._owl import owl as owl
 from ._random import random as random
+from ._rebuild import rebuild as rebuild
 from ._report import Sparsities as Sparsities
 from ._report import report as report
 from ._rigl import rigl as rigl
@@ -29,6 +32,7 @@ from ._schedules import constant as constant
 from ._schedules import cubic as cubic
 from ._schedules import one_shot as one_shot
 from ._set import set as set
+from ._shrink import shrink as shrink
 from ._soft import SoftParams as SoftParams
 from ._soft import SoftPruned as SoftPruned
 from ._sparse import sparse as sparse

@@ -129,7 +129,8 @@ def _conv(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:
 
 def _call(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:
     jaxpr = eqn.params[CALLS[eqn.primitive.name]]
-    return walk.enter(n, i, jaxpr, ins, [n.known(v) for v in eqn.invars])
+    values = [n.known(v) for v in eqn.invars]
+    return walk.enter(n, i, jaxpr, ins, values, indices=n.indices.of(eqn.invars))
 
 
 def _scan(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dims]:

@@ -20,6 +20,7 @@ from ..sites import Plan, Site
 from ..staging import split
 from ..transform import Listing, Traced, Transformed
 from . import flow
+from .indices import Indices
 from .rules import MOVES, rule
 from .terms import Block, Dims, Leaf, Term, blocks, find, fresh, leaves, pin, pinned, unify
 
@@ -36,6 +37,7 @@ class Node:
       dims: terms of the dimensions of its variables.
       subs: by index of the equation, the nodes of the jaxprs that it calls.
       values: variables all of whose entries are one known number.
+      indices: variables whose entries are indices of an axis, and which.
       touch: by leaf, the equations that read or make an array with it; filled for scalings.
     """
 
@@ -47,6 +49,7 @@ class Node:
     dims: dict[Any, Dims] = dataclasses.field(default_factory=dict)
     subs: dict[int, list[Node]] = dataclasses.field(default_factory=dict)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    indices: Indices = dataclasses.field(default_factory=Indices)
     touch: dict[Leaf, set[int]] = dataclasses.field(default_factory=dict)
 
     def of(self, v: Any) -> Dims:
@@ -88,9 +91,11 @@ class Walk:
         values: Sequence = (),
         layers: tuple[Term, ...] = (),
         mesh: Mapping[str, Term] | None = None,
+        indices: Sequence = (),
     ) -> tuple[Node, list[Dims]]:
         """The node of a jaxpr whose inputs have these terms, and the terms of its results."""
         n = Node(jaxpr, consts, plan, layers, mesh or {})
+        n.indices.start(jaxpr.invars, indices)
         self.nodes.append(n)
         n.dims.update(zip(jaxpr.invars, map(tuple, ins), strict=True))
         n.values.update({v: x for v, x in zip(jaxpr.invars, values) if x is not None})
@@ -103,6 +108,7 @@ class Walk:
             outs = self.equation(n, i, eqn, dims)
             n.dims.update(zip(eqn.outvars, map(tuple, outs), strict=True))
             self.value(n, eqn)
+            n.indices.follow(n, i, eqn)
         return n, [n.of(v) for v in jaxpr.outvars]
 
     def equation(self, n: Node, i: int, eqn: Any, ins: list[Dims]) -> Sequence[Dims]:
@@ -116,7 +122,8 @@ class Walk:
         if found is None:
             why = f"primitive {name}" if 0 not in sizes else "an empty array"
             return self.unknown(eqn, ins, why)
-        term: dict[Any, Term] = {}
+        known = n.indices.known(eqn, found)
+        term: dict[Any, Term] = dict(known)
         for dims, labels in zip(ins, found.ins):
             for t, x in zip(dims, labels):
                 unify(term.setdefault(x, t), t)
@@ -125,7 +132,7 @@ class Walk:
             for labels, shape in ((ls, v.aval.shape) for ls, v in zip(found.outs, eqn.outvars))
         ]
         for x, why in found.pins.items():
-            if x in term:
+            if x in term and x not in known:
                 pin(term[x], why)
         for x in found.mixed:
             for leaf in leaves(term[x]) if x in term else ():
@@ -147,13 +154,14 @@ class Walk:
         values: Sequence = (),
         layers: tuple[Term, ...] = (),
         mesh: Mapping[str, Term] | None = None,
+        indices: Sequence = (),
     ) -> list[Dims]:
         """Walks a jaxpr that equation i calls; the terms of its results."""
         inner, consts = _compat.open_jaxpr(jaxpr)
         plans, done = n.plan.calls.get(i, ()), n.subs.setdefault(i, [])
         plan = plans[len(done)] if len(done) < len(plans) else Plan()
         around = {**n.mesh, **(mesh or {})}
-        node, outs = self.run(inner, consts, plan, ins, values, n.layers + layers, around)
+        node, outs = self.run(inner, consts, plan, ins, values, n.layers + layers, around, indices)
         done.append(node)
         return outs
 

@@ -75,6 +75,11 @@ class Group:
 
 def coupled_groups(graph: Graph) -> tuple[Group, ...]:
     """All groups of the parameters of a function, in the order of the parameters."""
+    return tuple(leaf_groups(graph).values())
+
+
+def leaf_groups(graph: Graph) -> dict[Leaf, Group]:
+    """These groups by the axis that each of them is."""
     found: dict[Leaf, list[GroupMember]] = {}
     for path, dims in zip(graph.paths, graph.dims):
         for axis, t in enumerate(dims):
@@ -84,9 +89,9 @@ def coupled_groups(graph: Graph) -> tuple[Group, ...]:
                     others, whole = (*sizes[:k], *sizes[k + 1 :]), x.size == t.size
                     place = block.offset, block.strides[k]
                     found.setdefault(x, []).append(GroupMember(path, axis, *place, others, whole))
-    layers, ordered = _layers(graph), _ordered(graph)
-    return tuple(
-        Group(
+    layers, ordered = layer_axes(graph), _ordered(graph)
+    return {
+        x: Group(
             str(members[0]),
             x.size,
             tuple(members),
@@ -96,14 +101,14 @@ def coupled_groups(graph: Graph) -> tuple[Group, ...]:
             ordered.get(x),
         )
         for x, members in found.items()
-    )
+    }
 
 
 def _scans(graph: Graph) -> set[Leaf]:
     return {x for n in graph.nodes for t in n.layers for x in leaves(t)}
 
 
-def _layers(graph: Graph) -> dict[Leaf, Leaf]:
+def layer_axes(graph: Graph) -> dict[Leaf, Leaf]:
     """By leaf the axis of layers in each of which it may keep other indices.
 
     Every array with the leaf must live in that scan or be stacked along it.
@@ -146,6 +151,13 @@ def _ordered(graph: Graph) -> dict[Leaf, str]:
                     why[x] = why[x] or "iota"
             elif name.startswith("random_"):
                 made.append((name, out))
+            elif name in ("argmax", "argmin", "top_k"):
+                axis = (eqn.params.get("axes") or (eqn.params.get("axis", -1),))[0]
+                for x in leaves(n.of(eqn.invars[0])[axis]):
+                    why[x] = name
+            elif name.startswith("ragged_dot"):
+                for x in (x for t in n.of(eqn.invars[2]) for x in leaves(t)):
+                    why[x] = "the order of rows"
         for text, v in made:
             if n.known(v) is None:
                 for t in n.dims[v]:

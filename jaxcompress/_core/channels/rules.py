@@ -40,7 +40,7 @@ OTHER = frozenset(
     """pow exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh cosh asinh acosh
     atanh erf erfc erf_inv lgamma digamma floor ceil round nextafter not and or xor shift_left
     shift_right_logical shift_right_arithmetic population_count integer_pow mul div
-    convert_element_type clz""".split()
+    convert_element_type bitcast_convert_type clz""".split()
 )
 POINTWISE = frozenset({*POWER, *EQUAL, *COMPARE, *OTHER})
 ALONG = {
@@ -160,7 +160,6 @@ def _ragged_dot(eqn: Any, known: Callable) -> Rule:
     ins, outs = axis_labels(eqn)  # type: ignore[misc]
     rows = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
     pins = dict.fromkeys([ins[0][d] for d in rows], "rows of ragged_dot")
-    pins |= dict.fromkeys(ins[2], "groups of ragged_dot")
     return Rule(ins, outs, "sum", pins, carry=(0, 1))
 
 
@@ -178,9 +177,8 @@ def _made(eqn: Any, known: Callable) -> Rule:
 def _reduce(eqn: Any, known: Callable) -> Rule:
     ins, outs = axis_labels(eqn)  # type: ignore[misc]
     name, gone = eqn.primitive.name, [x for x in ins[0] if x not in outs[0]]
-    pins = dict.fromkeys(gone, name) if name.startswith("arg") else {}
-    law = None if name == "reduce_prod" else "index" if pins else 1
-    return Rule(ins, outs, law, pins, mixed=gone)
+    law = None if name == "reduce_prod" else "index" if name.startswith("arg") else 1
+    return Rule(ins, outs, law, mixed=gone)
 
 
 def _along(eqn: Any, known: Callable) -> Rule:
@@ -227,7 +225,12 @@ def _window(eqn: Any, known: Callable) -> Rule:
 
 
 def _top_k(eqn: Any, known: Callable) -> Rule:
-    return _moved(eqn, [eqn.params.get("axis", -1) % eqn.outvars[0].aval.ndim])
+    """Of fewer values the largest are still found, as long as there are enough."""
+    axis = eqn.params.get("axis", -1) % eqn.outvars[0].aval.ndim
+    found = _moved(eqn, [axis])
+    if eqn.params["k"] < eqn.invars[0].aval.shape[axis]:
+        found.pins = {("out", axis): "top_k"}
+    return found
 
 
 def _dynamic_slice(eqn: Any, known: Callable) -> Rule:

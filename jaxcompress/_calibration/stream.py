@@ -164,33 +164,8 @@ def same_inputs(plan: Plan) -> dict[str, str]:
     return out
 
 
-def collect(
-    fn: Callable,
-    params: Any,
-    batches: Batches,
-    wanted: Mapping[str, Sequence[str]],
-    *,
-    layer: int | None = None,
-    show: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, Any]]:
-    """Runs a function over batches and returns statistics of the inputs of its sites.
-
-    Args:
-      fn: a function whose first argument are the parameters.
-      params: these.
-      batches: the data; one batch is in memory at a time.
-      wanted: by name of a site, names of collectors.
-      layer: only this layer of the scan around the sites; the layers behind it are not run.
-      show: called after each batch.
-
-    Returns:
-      By name of a site and collector the statistic, float32, stacked over the scans over layers
-      (`Site.stack`, without the first if `layer` is given), then `Rows.lead`.
-
-    Raises:
-      JaxCompressError: no batches, an empty one, or one that makes values that are not finite.
-    """
-    transform = Collect(tuple((n, tuple(c)) for n, c in wanted.items()), layer is not None)
+def _compiled(fn: Callable, transform: Collect) -> tuple[Callable, Transformed, Callable]:
+    """(the function, which lives as long as its id is used; with the transform; a step of it)."""
     inner = Transformed(fn, transform)
 
     @jax.jit
@@ -202,6 +177,41 @@ def collect(
         }
         return state, fine
 
+    return fn, inner, step
+
+
+def collect(
+    fn: Callable,
+    params: Any,
+    batches: Batches,
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    layer: int | None = None,
+    show: Callable[[], None] = lambda: None,
+    compiled: dict[Any, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs a function over batches and returns statistics of the inputs of its sites.
+
+    Args:
+      fn: a function whose first argument are the parameters.
+      params: these.
+      batches: the data; one batch is in memory at a time.
+      wanted: by name of a site, names of collectors.
+      layer: only this layer of the scan around the sites; the layers behind it are not run.
+      show: called after each batch.
+      compiled: what earlier calls with it compiled is used again: for all layers of a scan one
+        program.
+
+    Returns:
+      By name of a site and collector the statistic, float32, stacked over the scans over layers
+      (`Site.stack`, without the first if `layer` is given), then `Rows.lead`.
+
+    Raises:
+      JaxCompressError: no batches, an empty one, or one that makes values that are not finite.
+    """
+    transform = Collect(tuple((n, tuple(c)) for n, c in wanted.items()), layer is not None)
+    known = {} if compiled is None else compiled
+    _, inner, step = known.setdefault((id(fn), transform), _compiled(fn, transform))
     state: Any = None
     learned = {} if layer is None else {name: {"layer": jnp.int32(layer)} for name in wanted}
     number = 0

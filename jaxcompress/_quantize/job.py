@@ -30,6 +30,7 @@ class Job:
       batches: the calibration data; None if there is none.
       notes: by name of a site or key path of a parameter, remarks for the report.
       bar: whether a progress bar is drawn; None where stderr is a terminal.
+      compiled: programs that collect statistics, see `collect`.
     """
 
     fn: Callable[..., Any]
@@ -39,6 +40,7 @@ class Job:
     batches: Batches | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     bar: bool | None = None
+    compiled: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def call(self) -> tuple[tuple, dict]:
@@ -89,7 +91,10 @@ class Job:
         params = self.params if params is None else params
         label = why if layer is None else f"{why}, layer {layer}"
         with progress(label, self.bar) as show:
-            return collect(self.fn, params, self.batches, wanted, layer=layer, show=show)
+            return collect(
+                self.fn, params, self.batches, wanted,
+                layer=layer, show=show, compiled=self.compiled,
+            )  # fmt: skip
 
 
 def check_finite(parameters: Mapping[str, Any]) -> None:

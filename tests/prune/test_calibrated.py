@@ -319,3 +319,20 @@ def test_an_expert_without_tokens_is_named():
         jc.SiteError, match=r"no calibration token reached `e` of its parts \[\[1\]\]"
     ):
         prune.wanda(fn, params, [correlated(8, 16, 0)], sparsity=0.5)
+
+
+def test_layers_of_a_scan_share_one_program():
+    """The function is traced as often for three layers as for two."""
+    stacked, _ = make()
+    traced = []
+    for layers in (2, 3):
+        params = stacked | {"layers": jax.tree.map(lambda x, n=layers: x[:n], stacked["layers"])}
+        calls = []
+
+        def fn(p, ids, calls=calls):
+            calls.append(0)
+            return scanned(p, ids)
+
+        prune.wanda(fn, params, DATA, sparsity=0.5)
+        traced.append(len(calls))
+    assert traced[0] == traced[1]

@@ -164,20 +164,27 @@ def same_inputs(plan: Plan) -> dict[str, str]:
     return out
 
 
-def _compiled(fn: Callable, transform: Collect) -> tuple[Callable, Transformed, Callable]:
-    """(the function, which lives as long as its id is used; with the transform; a step of it)."""
-    inner = Transformed(fn, transform)
+class _Program:
+    """A function that collects, traced and compiled once; it keeps the function alive."""
 
-    @jax.jit
-    def step(learned: Any, state: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-        _, state = inner.call(learned, state, args, kwargs)
+    def __init__(self, fn: Callable, transform: Collect):
+        self.inner = Transformed(fn, transform)
+        self.step = jax.jit(self._step)
+        self._zeros: Any = None
+
+    def start(self, args: tuple, kwargs: dict) -> Any:
+        """State before the first batch; it depends on the sites alone."""
+        if self._zeros is None:
+            _, self._zeros = self.inner.init(*args, **kwargs)
+        return self._zeros
+
+    def _step(self, learned: Any, state: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        _, state = self.inner.call(learned, state, args, kwargs)
         fine = {
             name: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]))
             for name, found in state.items()
         }
         return state, fine
-
-    return fn, inner, step
 
 
 def collect(
@@ -211,7 +218,7 @@ def collect(
     """
     transform = Collect(tuple((n, tuple(c)) for n, c in wanted.items()), layer is not None)
     known = {} if compiled is None else compiled
-    _, inner, step = known.setdefault((id(fn), transform), _compiled(fn, transform))
+    program = known.setdefault((id(fn), transform), _Program(fn, transform))
     state: Any = None
     learned = {} if layer is None else {name: {"layer": jnp.int32(layer)} for name in wanted}
     number = 0
@@ -219,10 +226,10 @@ def collect(
         args, kwargs = (params, *batch.args), batch.kwargs
         check_arrays((batch.args, kwargs), number)
         if state is None:
-            _, state = inner.init(*args, **kwargs)
+            state = program.start(args, kwargs)
             if layer is not None:
                 state = jax.tree.map(lambda x: x[0], state)
-        state, fine = step(learned, state, args, kwargs)
+        state, fine = program.step(learned, state, args, kwargs)
         if bad := [name for name, ok in fine.items() if not np.asarray(ok)]:
             raise JaxCompressError(
                 f"calibration batch {number} makes values that are NaN or infinite at "

@@ -87,6 +87,16 @@ def static(sparsity, distribution="erk"):
     )
 
 
+def soft(make):
+    """Weights that are read as pruned while they train: (loss -> soft loss)."""
+    return lambda fn: make(fn, (1, 4), pattern="*/w")
+
+
+# name: (what it says, soft loss of a loss)
+SOFT = {
+    "ste14": ("STE, 1:4", soft(jc.prune.ste)),
+    "srste14": ("SR-STE, 1:4", soft(jc.prune.sr_ste)),
+}
 # name: (what it says, seed -> pruner)
 CONFIGS = {
     "dense": ("dense", None),
@@ -102,7 +112,7 @@ CONFIGS = {
     "rigl95-uniform": ("RigL, uniform, 95 %", moving(jc.prune.rigl, 0.95, "uniform")),
     "cubic95": ("cubic, 95 %", gradual(0.95)),
     "cubic95-erk": ("cubic, ERK, 95 %", gradual(0.95, "erk")),
-}
+} | {name: (title, None) for name, (title, _) in SOFT.items()}
 # (better, than, what is aimed at)
 COMPARISONS = (
     ("cubic90", "oneshot90", "above 0"),
@@ -113,6 +123,7 @@ COMPARISONS = (
     ("rigl95", "set95", "reported"),
     ("cubic95-erk", "rigl95", "reported"),
     ("cubic90", "dense", "reported"),
+    ("srste14", "ste14", "reported"),
 )
 
 
@@ -125,9 +136,11 @@ def run(config, seed, data, advance):
     if make is not None:
         tx = jc.prune.chain(tx, make(seed))
 
+    own = SOFT[config][1](loss) if config in SOFT else loss
+
     def step(carry, rows):
         params, opt = carry
-        value, g = jax.value_and_grad(loss)(params, train_x[rows], train_y[rows])
+        value, g = jax.value_and_grad(own)(params, train_x[rows], train_y[rows])
         updates, opt = tx.update(g, opt, params)
         return (optax.apply_updates(params, updates), opt), value
 
@@ -143,6 +156,8 @@ def run(config, seed, data, advance):
         (params, opt), values = epoch(params, opt, order)
         jax.block_until_ready(values)
         advance(len(order))
+    if config in SOFT:
+        params, _ = own.harden(params)
     right = jnp.sum(jnp.argmax(jax.jit(model)(params, test_x), -1) == test_y)
     weights = {name: layer["w"] for name, layer in params.items()}
     return {

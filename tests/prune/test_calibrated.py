@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wanda and SparseGPT through whole functions, against the published loops on inputs by hand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress import prune
 from tests.quantize.test_post_training import DATA, make, scanned, unrolled
 from tests.quantize.test_post_training_methods import MLP, X, correlated, distance, mlp
+from tests.quantize.test_post_training_models import equinox, linen, of_nnx
 from tests.solvers.test_sparse_solvers import most, published
 
 
@@ -84,35 +83,13 @@ def test_scanned_layers_equal_layers_in_a_list():
     assert error < 0.9 * distance(plain.fn(plain.params, DATA[0]), clean)
 
 
-def test_models_of_libraries_get_the_masks_of_the_plain_function():
+@pytest.mark.parametrize("build", [linen, of_nnx, equinox])
+def test_models_of_libraries_get_the_masks_of_the_plain_function(build):
     want = prune.wanda(mlp, MLP, X, nm=(2, 4)).report.masks
-
-    class Linen(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(8, name="c")(nn.relu(nn.Dense(32, name="a")(x)))
-
-    kernels = {"a": MLP["a"]["w"], "c": MLP["c"]["w"].T}
-    biases = {"a": MLP["a"]["b"][0], "c": MLP["c"]["b"]}
-    params = {"params": {k: {"kernel": kernels[k], "bias": biases[k]} for k in "ac"}}
-    small = prune.wanda(Linen().apply, params, X, nm=(2, 4))
-    np.testing.assert_array_equal(small.report.masks["params"]["a"]["kernel"], want["a"]["w"])
-    np.testing.assert_array_equal(small.report.masks["params"]["c"]["kernel"], want["c"]["w"].T)
-
-    class Net(nnx.Module):
-        def __init__(self):
-            self.a = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
-            self.c = nnx.Linear(32, 8, rngs=nnx.Rngs(1))
-
-        def __call__(self, x):
-            return self.c(nnx.relu(self.a(x)))
-
-    net = Net()
-    net.a.kernel[...], net.c.kernel[...] = kernels["a"], kernels["c"]
-    net.a.bias[...], net.c.bias[...] = biases["a"], biases["c"]
-    graph, state = nnx.split(net)
-    small = prune.wanda(lambda s, x: nnx.merge(graph, s)(x), state, X, nm=(2, 4))
-    np.testing.assert_array_equal(small.report.masks["a"]["kernel"][...], want["a"]["w"])
+    fn, params, kernel = build()
+    small = prune.wanda(fn, params, X, nm=(2, 4))
+    np.testing.assert_array_equal(kernel(small.report.masks, "a"), want["a"]["w"])
+    np.testing.assert_array_equal(kernel(small.report.masks, "c"), want["c"]["w"].T)
     assert small.fn(small.params, X[0]).shape == (64, 8)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,6 +60,12 @@ class Rows:
     def channels(self) -> int:
         """Size of `in`."""
         return math.prod(self.shape[d] for d in self.contracted)
+
+    def over_stack(self, f: Callable, v: jax.Array) -> Callable:
+        """`f` of the weight of one layer, for each of a stack of them like v, [*stack, *shape]."""
+        for _ in range(v.ndim - len(self.shape)):
+            f = jax.vmap(f)
+        return f
 
     def of(self, w: jax.Array) -> jax.Array:
         """A weight of the site as [*lead, out, in]."""

@@ -10,7 +10,7 @@ called several times is analysed once and the result renamed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -151,3 +151,18 @@ def key_path(path: Sequence[Any]) -> str:
     """`encoder/layers_0/kernel` for a key path of `jax.tree_util`."""
     names = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
     return "/".join(str(name) for name in names)
+
+
+def split_path(path: str, known: Collection[str]) -> list[str]:
+    """The parameters that a weight derives from; their names may have a `+` themselves.
+
+    >>> split_path("a+b+c", {"a+b", "c"})
+    ['a+b', 'c']
+    """
+    if path in known:
+        return [path]
+    for k in (k for k, c in enumerate(path) if c == "+" and path[:k] in known):
+        rest = split_path(path[k + 1 :], known)
+        if rest:
+            return [path[:k], *rest]
+    return []

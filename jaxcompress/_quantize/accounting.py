@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .._core.provenance import split_path
 from .._core.qtensor import is_qtensor, nbytes
 from .._core.sites import Site
 from .._core.transform import Traced
@@ -106,21 +107,6 @@ def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Ro
 
 def _paths(site: Site, known: Collection[str]) -> list[str]:
     return [p for i in site.weights for p in split_path(site.operands[i].path, known)]
-
-
-def split_path(path: str, known: Collection[str]) -> list[str]:
-    """The parameters that a weight derives from; their names may have a `+` themselves.
-
-    >>> split_path("a+b+c", {"a+b", "c"})
-    ['a+b', 'c']
-    """
-    if path in known:
-        return [path]
-    for k in (k for k, c in enumerate(path) if c == "+" and path[:k] in known):
-        rest = split_path(path[k + 1 :], known)
-        if rest:
-            return [path[:k], *rest]
-    return []
 
 
 def _stored(

@@ -3,34 +3,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from .._calibration.stream import Batches, Inputs, collect
+from .._calibration.data import Data
+from .._calibration.stream import Batches, Inputs
 from .._core.transform import Traced, Transformed
-from .._errors import JaxCompressError
 from .aware import QuantizeAware
 from .recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A function, its float parameters and the data to calibrate with.
+    """A function, its float parameters, a recipe, and the data to calibrate with.
 
     Attributes:
-      fn: `fn(params, *inputs)`.
-      params: its float parameters.
       recipe: what becomes of its sites.
-      inputs: one batch, or its shapes.
-      batches: the calibration data; None if there is none.
-      notes: by name of a site or key path of a parameter, remarks for the report.
-      bar: whether a progress bar is drawn; None where stderr is a terminal.
-      compiled: programs that collect statistics, see `collect`.
+      fn, params, inputs, batches, notes, bar, compiled: as in `Data`.
     """
 
     fn: Callable[..., Any]
@@ -43,9 +33,16 @@ class Job:
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def data(self) -> Data:
+        """Without the recipe; notes and programs are shared."""
+        return Data(
+            self.fn, self.params, self.inputs, self.batches, self.notes, self.bar, self.compiled
+        )
+
+    @property
     def call(self) -> tuple[tuple, dict]:
         """The arguments of a call of the function: (args, kwargs)."""
-        return (self.params, *self.inputs.args), self.inputs.kwargs
+        return self.data.call
 
     @property
     def inner(self) -> Transformed:
@@ -58,74 +55,12 @@ class Job:
 
     def parameters(self) -> dict[str, Any]:
         """The parameters by key path."""
-        return dict(self.inner.parameters(*self.call))
+        return self.data.parameters()
 
     def with_parameters(self, new: Mapping[str, Any]) -> Any:
         """The pytree of parameters with other values at these key paths."""
-        return self.inner.replace(new, *self.call)[0][0]
+        return self.data.with_parameters(new)
 
-    def collect(
-        self,
-        wanted: Mapping[str, Sequence[str]],
-        why: str,
-        *,
-        params: Any = None,
-        layer: int | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        """Statistics of the inputs of sites, see `collect`.
-
-        Args:
-          wanted: by name of a site, names of collectors.
-          why: what needs them, for messages and the progress bar.
-          params: instead of those of the job.
-          layer: see `collect`.
-
-        Raises:
-          JaxCompressError: there are no calibration data.
-        """
-        if self.batches is None:
-            raise JaxCompressError(
-                f"{why} needs to see data: pass calibration=, an iterable of batches. Without "
-                "data there are the methods 'rtn' and 'mse'."
-            )
-        params = self.params if params is None else params
-        label = why if layer is None else f"{why}, layer {layer}"
-        with progress(label, self.bar) as show:
-            return collect(
-                self.fn, params, self.batches, wanted,
-                layer=layer, show=show, compiled=self.compiled,
-            )  # fmt: skip
-
-
-def check_finite(parameters: Mapping[str, Any]) -> None:
-    """Raises if a parameter has NaNs or infinities.
-
-    Raises:
-      JaxCompressError: names it.
-    """
-    for path, x in parameters.items():
-        if jnp.issubdtype(getattr(x, "dtype", None) or jnp.result_type(x), jnp.inexact):
-            bad = sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in _floats(x))
-            if bad:
-                raise JaxCompressError(
-                    f"parameter `{path}` has {bad} NaNs or infinities: no format can hold them. "
-                    "Was the training stable?"
-                )
-
-
-def _floats(x: Any) -> list[Any]:
-    return [a for a in jax.tree.leaves(x) if jnp.issubdtype(jnp.result_type(a), jnp.inexact)]
-
-
-@contextlib.contextmanager
-def progress(label: str, wanted: bool | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that counts batches; by default where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    shown = console.is_terminal if wanted is None else wanted
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        row = bar.add_task(label, total=None)
-        yield lambda: bar.update(row, advance=1)
+    def collect(self, wanted: Mapping[str, Sequence[str]], why: str) -> dict[str, dict[str, Any]]:
+        """Statistics of the inputs of sites, see `Data.collect`."""
+        return self.data.collect(wanted, why)

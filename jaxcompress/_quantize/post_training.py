@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from .._calibration.data import check_finite
 from .._calibration.stream import Batches, Inputs, check_arrays
 from .._core import typed
 from .._core.arguments import name_of
@@ -21,7 +22,7 @@ from .accounting import rows_of
 from .aware import quantize_aware
 from .calibrate import calibrate
 from .comparison import compare
-from .job import Job, check_finite
+from .job import Job
 from .methods import Method
 from .params import QuantParams
 from .recipe import Recipe

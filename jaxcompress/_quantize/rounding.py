@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._calibration import layerwise
+from .._calibration.layerwise import Item
 from .._calibration.rows import rows_of
 from .._core.qtensor import QTensor
-from . import layerwise
 from .job import Job
-from .layerwise import Item
 from .methods import Layer, Method
 from .weights import Weight, undone, weights_of
 
@@ -61,7 +61,7 @@ def round_weights(
             layerwise.check_result(item, item.done[0])
             nearest.append(item)
     layerwise.run(
-        job,
+        job.data,
         solved,
         name=method.name,
         needs=method.needs,

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from .._core import typed
+from .._core.provenance import split_path
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from . import recipes
-from .accounting import split_path
 from .aware import QuantizeAware
 from .recipe import Recipe
 from .weights import weights_of

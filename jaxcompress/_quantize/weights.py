@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from .._core import qmove, qparts
+from .._core.provenance import split_path
 from .._core.qtensor import QTensor, is_stored
+from .._core.reading import read
 from .._core.sites import Site
 from .._core.transform import Traced
-from .accounting import split_path
 from .quantizer import Quantizer
 from .stateful import packed_in_range, slots
 
@@ -109,19 +110,7 @@ class Weight(NamedTuple):
 
     def read(self, x: Any) -> tuple[Any, list[tuple[str, Any]]]:
         """(the operand of the sites, [*stack, *shape], and the steps that undo this)."""
-        undo: list[tuple[str, Any]] = []
-        for step, arg, lead in self.reads:
-            if step == "cast":
-                undo.append(("cast", x.dtype))
-                x = x.astype(arg)
-            elif step == "reshape":
-                undo.append(("reshape", x.shape))
-                x = x.reshape(*x.shape[:lead], *arg)
-            else:
-                order = (*range(lead), *(lead + a for a in arg))
-                undo.append(("transpose", tuple(order.index(a) for a in range(x.ndim))))
-                x = x.transpose(order)
-        return x, undo[::-1]
+        return read(x, self.reads)
 
     def nearest(self, v: jax.Array, quantizer: Quantizer | None = None) -> QTensor:
         """The operand [*stack, *shape] rounded to nearest, by its stored range if it has one."""
@@ -154,13 +143,3 @@ def undone(q: QTensor | None, steps: Sequence[tuple[str, Any]]) -> QTensor | Non
         else:  # to float32 only: codes * scale is rounded once, after the cast of the function
             q = dataclasses.replace(q, dtype=arg) if arg in (jnp.float32, q.dtype) else None
     return None if q is None else qparts.packed_along_last(q)
-
-
-def array_undone(v: jax.Array, steps: Sequence[tuple[str, Any]]) -> jax.Array:
-    """The array of an operand in the layout of the parameter."""
-    for step, arg in steps:
-        if step == "cast":
-            v = v.astype(arg)
-        else:
-            v = v.transpose(arg) if step == "transpose" else v.reshape(arg)
-    return v

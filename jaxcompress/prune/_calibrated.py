@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._calibration.rows import rows_of
+from .._calibration import layerwise
+from .._calibration.data import Data, check_finite
+from .._calibration.layerwise import Item, Stage
+from .._calibration.rows import Rows, rows_of
 from .._calibration.stream import Batches, check_arrays
 from .._core.arguments import name_of
 from .._core.compressed import Compressed
+from .._core.provenance import split_path
 from .._core.qtensor import is_stored
+from .._core.reading import array_undone, read
+from .._core.sites import Site
 from .._errors import JaxCompressError, RecipeError, SiteError
-from .._quantize import layerwise
-from .._quantize.accounting import split_path
-from .._quantize.job import Job, check_finite
-from .._quantize.layerwise import Item, Stage
-from .._quantize.methods import Layer
-from .._quantize.recipe import Recipe
-from .._quantize.weights import Weight, array_undone
 from .._solvers import sparsity as rules
 from .._solvers.select import largest
 from ._owl import Profile
@@ -39,8 +38,9 @@ class Pruned(NamedTuple):
     mask: jax.Array
 
 
-Prune = Callable[[Layer, float | None], tuple[jax.Array, jax.Array]]
-"""From a layer and its sparsity to (weights, mask), both [*stack, *lead, out, in]."""
+Prune = Callable[[jax.Array, Mapping[str, Any], float | None], tuple[jax.Array, jax.Array]]
+"""From a weight [*stack, *lead, out, in], the statistics of its input and a sparsity to (weight,
+mask) of the same shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +95,16 @@ def prune(
     batches = Batches(calibration)
     inputs = batches.first()
     check_arrays((inputs.args, inputs.kwargs), 0)
-    job = Job(fn, params, Recipe([], name), inputs, batches, {}, progress)
+    data = Data(fn, params, inputs, batches, {}, progress)
     if any(is_stored(x) for x in jax.tree.leaves(params, is_leaf=is_stored)):
         raise JaxCompressError(
             f"{name} changes float weights, and these parameters hold packed ones already: prune "
             "first and quantize then."
         )
-    check_finite(job.parameters())
-    items = _items(name, job, one, amount, Targets(pattern, exclude), pattern)
+    check_finite(data.parameters())
+    items = _items(name, data, one, amount, Targets(pattern, exclude), pattern)
     layerwise.run(
-        job, items, name=name, needs=needs, sequential=sequential,
+        data, items, name=name, needs=needs, sequential=sequential,
         checkpoint_dir=checkpoint_dir, key=[repr(amount), repr(settings)],
     )  # fmt: skip
     new, masks = {}, {}
@@ -113,20 +113,20 @@ def prune(
         new[item.path] = array_undone(done.values, item.undo)
         steps = [step for step in item.undo if step[0] != "cast"]
         masks[item.path] = array_undone(done.mask, steps)
-    small = job.with_parameters(new)
+    small = data.with_parameters(new)
     found = report(fn)(small, *inputs.args, **inputs.kwargs)
-    everything = {path: masks.get(path, jnp.asarray(True)) for path in job.parameters()}
+    everything = {path: masks.get(path, jnp.asarray(True)) for path in data.parameters()}
     found = dataclasses.replace(
         found,
         name=f"{name_of(fn)}, {name}",
-        masks=job.with_parameters(everything),
-        notes=tuple(sorted(job.notes.items())),
+        masks=data.with_parameters(everything),
+        notes=tuple(sorted(data.notes.items())),
     )
     return Compressed(fn, small, found)
 
 
 def _items(
-    name: str, job: Job, one: Prune, amount: Amount, targets: Targets, pattern: Patterns
+    name: str, data: Data, one: Prune, amount: Amount, targets: Targets, pattern: Patterns
 ) -> dict[str, Item]:
     """The weights to prune by name of their site.
 
@@ -134,32 +134,27 @@ def _items(
       RecipeError: a pattern matches nothing.
       SiteError: a pattern names what cannot be pruned from data.
     """
-    parameters = job.parameters()
-    readings: dict[str, list[Weight | None]] = {}
-    for site in job.trace().sites:
+    parameters = data.parameters()
+    uses: dict[str, list[tuple[Site, int]]] = {}
+    for site in data.trace().sites:
         for i in site.weights:
-            operand = site.operands[i]
-            reading = None
-            if operand.reads is not None:
-                reading = _reading(site, i, operand.reads)
-            for path in split_path(operand.path, parameters):
-                readings.setdefault(path, []).append(reading)
+            for path in split_path(site.operands[i].path, parameters):
+                uses.setdefault(path, []).append((site, i))
     items: dict[str, Item] = {}
     shares: dict[tuple[str, int | None], float] = {}
-    for target in targets.find(job.params):
+    for target in targets.find(data.params):
         path = target.path or "arg0"
-        found = readings.get(path, [])
+        found = uses.get(path, [])
         why = _why_not(found)
         if why:
-            job.notes[path] = f"left alone: {why}"
+            data.notes[path] = f"left alone: {why}"
             if pattern != "*":
                 raise SiteError(
                     f"{name}: pattern={pattern!r} matches `{path}`, and it cannot be pruned from "
                     f'calibration data: {why}. Leave it out with exclude="{path}".'
                 )
             continue
-        assert found[0] is not None
-        item = _item(path, found[0], parameters[path], one, amount, shares)
+        item = _item(path, *found[0], parameters[path], one, amount, shares)
         assert item.rows is not None
         try:
             if amount.nm is not None:
@@ -170,45 +165,47 @@ def _items(
         items[item.name] = item
     if not items:
         raise RecipeError(
-            f"{name} finds no weight to prune in `{name_of(job.fn)}`: {job.notes or 'no arrays'}."
+            f"{name} finds no weight to prune in `{name_of(data.fn)}`: {data.notes or 'no arrays'}."
         )
     if amount.profile is not None:
-        _spread_over_blocks(job, items, amount, shares)
+        _spread_over_blocks(data, items, amount, shares)
     return items
 
 
-def _reading(site: Any, i: int, reads: Any) -> Weight:
-    return Weight(None, site.contracting(i), reads, site.stack, (None, None), ((site, i),))  # type: ignore[arg-type]
-
-
-def _why_not(found: Sequence[Weight | None]) -> str:
+def _why_not(found: Sequence[tuple[Site, int]]) -> str:
     """Why a parameter is left alone; empty if it is pruned."""
     if not found:
         return "no matmul or convolution reads it"
     if len(found) > 1:
         return f"{len(found)} sites read it"
-    if found[0] is None:
+    site, i = found[0]
+    if site.operands[i].reads is None:
         return "no site reads the whole of it as it is"
-    site, i = found[0].uses[0]
     return "" if rows_of(site, i) else f"it is read by {site.op}, without rows of inputs"
 
 
-def _item(path: str, weight: Weight, x: Any, one: Prune, amount: Amount, shares: Mapping) -> Item:
-    v, undo = weight.read(x)
-    site, i = weight.uses[0]
+def _item(
+    path: str, site: Site, i: int, x: Any, one: Prune, amount: Amount, shares: Mapping
+) -> Item:
+    v, undo = read(x, site.operands[i].reads or ())
     rows = rows_of(site, i)
+    assert rows is not None
 
     def solve(v: jax.Array, statistics: Mapping[str, Any], number: int | None) -> Pruned:
-        layer = Layer(site.name, weight, v, rows, statistics)
         share = amount.sparsity if amount.profile is None else shares[site.name, number]
-        w, mask = one(layer, share)
-        kept = layer.back(mask)
-        return Pruned(jnp.where(kept, layer.back(w).astype(v.dtype), 0), kept)
+        w, mask = one(_matrices(rows, v), statistics, share)
+        back = rows.over_stack(rows.back, v)
+        return Pruned(jnp.where(back(mask), back(w).astype(v.dtype), 0), back(mask))
 
     def like(number: int | None) -> Pruned:
         return jax.eval_shape(lambda x: Pruned(x, x != 0), v if number is None else v[number])
 
     return Item(path, v, undo, site.name, rows, solve, like, lambda done: done.values)
+
+
+def _matrices(rows: Rows, v: jax.Array) -> jax.Array:
+    """A weight as float32[*stack, *lead, out, in]."""
+    return rows.over_stack(rows.of, v)(v.astype(jnp.float32))
 
 
 def _matrix(item: Item) -> tuple[int, int]:
@@ -219,12 +216,15 @@ def _matrix(item: Item) -> tuple[int, int]:
 
 
 def _spread_over_blocks(
-    job: Job, items: Mapping[str, Item], amount: Amount, shares: dict[tuple[str, int | None], float]
+    data: Data,
+    items: Mapping[str, Item],
+    amount: Amount,
+    shares: dict[tuple[str, int | None], float],
 ) -> None:
     """Finds the sparsity of each block, from norms of the inputs of the float function."""
     assert amount.profile is not None and amount.sparsity is not None
-    stages, _ = layerwise.blocks(job, tuple(items))
-    norms = job.collect(dict.fromkeys(items, ("norm",)), "outliers")
+    stages, _ = layerwise.blocks(data, tuple(items))
+    norms = data.collect(dict.fromkeys(items, ("norm",)), "outliers")
     scores = [[_score(items[n], norms[n]["norm"], stage) for n in stage.names] for stage in stages]
     for stage, share in zip(stages, amount.profile(scores, amount.sparsity), strict=True):
         for n in stage.names:
@@ -235,8 +235,8 @@ def _score(item: Item, norm: jax.Array, stage: Stage) -> jax.Array:
     """|w| ‖x‖ of a weight, or of one layer of it."""
     v = item.v if stage.layer is None else item.v[stage.layer]
     norm = norm if stage.layer is None else norm[stage.layer]
-    layer = Layer(item.name, None, v, item.rows, {})  # type: ignore[arg-type]
-    return jnp.abs(layer.w) * norm[..., None, :]
+    assert item.rows is not None
+    return jnp.abs(_matrices(item.rows, v)) * norm[..., None, :]
 
 
 def best_units(scores: jax.Array, structure: Structure, sparsity: float) -> jax.Array:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from .._core.compressed import Compressed
-from .._quantize.methods import Layer
 from .._solvers.cholesky import inverse_cholesky
 from .._solvers.sparsegpt import sparsegpt as solve
 from ._calibrated import Amount, best_units, prune
@@ -73,8 +72,8 @@ def sparsegpt(
     References: Frantar and Alistarh 2023, Algorithm 1.
     """
 
-    def one(layer: Layer, share: float | None) -> tuple[jax.Array, jax.Array]:
-        w, h = layer.w, layer.statistics["gram"]
+    def one(w: jax.Array, seen: Any, share: float | None) -> tuple[jax.Array, jax.Array]:
+        h = seen["gram"]
         settings: dict[str, Any] = {"damping": damping, "block": block, "precision": precision}
         if structure is unstructured:
             done = solve(w, h, sparsity=share, nm=nm, **settings)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from .._core.compressed import Compressed
-from .._quantize.methods import Layer
 from .._solvers.wanda import wanda as choose
 from ._calibrated import Amount, best_units, prune
 from ._owl import Profile
@@ -76,8 +75,8 @@ def wanda(
     References: Sun et al. 2023, equation 1 and Algorithm 1.
     """
 
-    def one(layer: Layer, share: float | None) -> tuple[jax.Array, jax.Array]:
-        w, norm = layer.w, layer.statistics["norm"]
+    def one(w: jax.Array, seen: Any, share: float | None) -> tuple[jax.Array, jax.Array]:
+        norm = seen["norm"]
         if structure is unstructured:
             return w, choose(w, norm, sparsity=share, nm=nm)
         assert share is not None

@@ -66,11 +66,6 @@ class Layer:
         assert self.rows is not None
         return self._mapped(self.rows.of)(self.v.astype(jnp.float32))
 
-    def back(self, rows: jax.Array) -> jax.Array:
-        """An array [*stack, *lead, out, in] laid out as the weight."""
-        assert self.rows is not None
-        return self._mapped(self.rows.back)(rows)
-
     @property
     def group_size(self) -> int | None:
         """How many consecutive inputs share a scale; None for one scale an output."""
@@ -127,6 +122,4 @@ class Layer:
 
     def _mapped(self, f: Callable) -> Callable:
         assert self.rows is not None
-        for _ in range(self.v.ndim - len(self.rows.shape)):
-            f = jax.vmap(f)
-        return f
+        return self.rows.over_stack(f, self.v)

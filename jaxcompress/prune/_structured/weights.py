@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from ..._core.reading import read
+
 if TYPE_CHECKING:
     from .consumers import Consumer
     from .problem import Problem
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
 
 def site_weight(problem: Problem, consumer: Consumer) -> jax.Array | None:
     """[*stack, *lead, out, in]; None if the weight is not the whole of one parameter."""
-    read = reader(problem, consumer)
-    return None if read is None else read(problem.arrays[parameter(problem, consumer)])
+    rows = reader(problem, consumer)
+    return None if rows is None else rows(problem.arrays[parameter(problem, consumer)])
 
 
 def parameter(problem: Problem, consumer: Consumer) -> int:
@@ -30,27 +32,18 @@ def reader(problem: Problem, consumer: Consumer) -> Any:
     if steps is None or operand.path not in problem.graph.paths:
         return None
 
-    def read(x: Any) -> jax.Array:
-        for step, arg, lead in steps:
-            if step == "cast":
-                x = x.astype(arg)
-            elif step == "reshape":
-                x = x.reshape(*x.shape[:lead], *arg)
-            else:
-                x = x.transpose((*range(lead), *(lead + a for a in arg)))
-        of = rows.of
-        for _ in consumer.site.stack:
-            of = jax.vmap(of)
-        return of(x)
+    def rows_of_parameter(x: Any) -> jax.Array:
+        v, _ = read(x, steps)
+        return rows.over_stack(rows.of, v)(v)
 
-    return read
+    return rows_of_parameter
 
 
 def written(problem: Problem, consumer: Consumer, rows: jax.Array) -> jax.Array:
     """The parameter whose rows are these: reading only moves values, so its transpose undoes it."""
     old = problem.arrays[parameter(problem, consumer)]
-    read = reader(problem, consumer)
-    (new,) = jax.linear_transpose(read, jax.ShapeDtypeStruct(old.shape, old.dtype))(
+    to_rows = reader(problem, consumer)
+    (new,) = jax.linear_transpose(to_rows, jax.ShapeDtypeStruct(old.shape, old.dtype))(
         rows.astype(consumer.site.operands[consumer.rows.weight].dtype)
     )
     return new

@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._calibration.checkpoint import Checkpoint
-from .._calibration.rows import Rows
-from .._calibration.stream import Collect, same_inputs
 from .._core import _compat
 from .._core.analyze import CALLS
 from .._core.qtensor import dequantized
+from .._core.reading import array_undone
 from .._core.sites import Plan
 from .._core.transform import Transformed
 from .._errors import JaxCompressError, SiteError
-from .job import Job
-from .weights import array_undone
+from .checkpoint import Checkpoint
+from .data import Data
+from .rows import Rows
+from .stream import Collect, same_inputs
 
 
 class Stage(NamedTuple):
@@ -87,7 +87,7 @@ class Item:
 
 
 def run(
-    job: Job,
+    data: Data,
     items: Mapping[str, Item],
     *,
     name: str,
@@ -99,7 +99,7 @@ def run(
     """Changes the items stage by stage; what becomes of them is in their `done`.
 
     Args:
-      job: the function and its data.
+      data: the function, its parameters and batches.
       items: by name of the site.
       name: what does it, for messages.
       needs: collectors whose statistics `Item.solve` reads.
@@ -114,29 +114,29 @@ def run(
     """
     if not items:
         return
-    stages, same = blocks(job, tuple(items))
+    stages, same = blocks(data, tuple(items))
     if not sequential:
         stages = [Stage(tuple(items))]
     kept = Checkpoint(checkpoint_dir, [name, *key, repr(stages), *(i.v for i in items.values())])
     for number, stage in enumerate(stages):
         done = kept.load(number, [items[n].like(stage.layer) for n in stage.names])
         if done is None:
-            done = _stage(job, items, stage, same, name, needs)
+            done = _stage(data, items, stage, same, name, needs)
             kept.save(number, done)
         for n, result in zip(stage.names, done, strict=True):
             items[n].done.append(result)
 
 
-def blocks(job: Job, names: Sequence[str]) -> tuple[list[Stage], dict[str, str]]:
+def blocks(data: Data, names: Sequence[str]) -> tuple[list[Stage], dict[str, str]]:
     """The blocks of a function made of these sites, and `same_inputs` of them."""
-    args, kwargs = job.call
+    args, kwargs = data.call
     looks = Collect(tuple((name, ()) for name in names))
-    traced = Transformed(job.fn, looks).trace(*args, **kwargs)
+    traced = Transformed(data.fn, looks).trace(*args, **kwargs)
     return stages_of(traced.plan, traced.staged.jaxpr, names), same_inputs(traced.plan)
 
 
 def _stage(
-    job: Job,
+    data: Data,
     items: Mapping[str, Item],
     stage: Stage,
     same: Mapping[str, str],
@@ -147,12 +147,12 @@ def _stage(
     first = {n: same.get(n, n) for n in stage.names}
     wanted = dict.fromkeys(first.values(), ("count", *needs))
     changed = {item.path: item.leaf() for item in items.values() if item.done}
-    params = job.with_parameters(changed) if changed else None
-    found = job.collect(wanted, name, params=params, layer=stage.layer)
+    params = data.with_parameters(changed) if changed else None
+    found = data.collect(wanted, name, params=params, layer=stage.layer)
     out = []
     for n in stage.names:
         item, statistics = items[n], found[first[n]]
-        _enough(job, item, statistics["count"], name, needs)
+        _enough(data, item, statistics["count"], name, needs)
         v = item.v if stage.layer is None else item.v[stage.layer]
         try:
             out.append(item.solve(v, statistics, stage.layer))
@@ -162,7 +162,7 @@ def _stage(
     return out
 
 
-def _enough(job: Job, item: Item, count: jax.Array, name: str, needs: Sequence[str]) -> None:
+def _enough(data: Data, item: Item, count: jax.Array, name: str, needs: Sequence[str]) -> None:
     """Looks at the number of tokens that a weight saw.
 
     Raises:
@@ -179,7 +179,7 @@ def _enough(job: Job, item: Item, count: jax.Array, name: str, needs: Sequence[s
         )
     if least < channels and "gram" in needs:
         text = f"{least} calibration tokens: its Hessian has rank {least} at most of {channels}"
-        job.notes[item.path] = text
+        data.notes[item.path] = text
         warnings.warn(f"`{item.name}` saw {text}. Use more batches.", stacklevel=2)
 
 

@@ -162,14 +162,17 @@ def test_the_unit_of_the_hessian_does_not_matter():
     np.testing.assert_array_equal(one.codes, other.codes)
 
 
-def test_one_program_for_all_layers_of_a_shape():
-    from jaxcompress._solvers.gptq import _solve
+def test_one_program_for_all_layers_of_a_shape(caplog):
+    (w, h, _), other = problem(8, 8), problem(8, 12)[:2]
 
-    w, h, _ = problem(8, 8)
-    gptq(w, h, formats.int4)
-    before = _solve._cache_size()
-    gptq(w + 1, h * 2, formats.int4)
-    assert _solve._cache_size() == before
+    def compiled(w, h):
+        caplog.clear()
+        with jax.log_compiles():
+            gptq(w, h, formats.int4)
+        return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+    compiled(w, h)
+    assert compiled(w + 1, h * 2) == [] and compiled(*other) != []
 
 
 BAD = {

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the two primitives of sites: what was decoded stays apart until somebody needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..._errors import ArtifactError
+from .convert import Converter, rule, shrunk
+from .graph import Value
+from .quantized import Quantized, pack
+
+
+def _quantized(eqn: Any, numbers: Any, scale: Any, zero: Any) -> Quantized:
+    p = eqn.params
+    zero = None if not isinstance(zero, Value) and not shrunk(zero).any() else zero
+    return Quantized(numbers, scale, zero, p["low"], p["high"], p["integers"], p["dtype"], p["site"])
+
+
+def _hidden(eqn: Any, q: Quantized) -> Value:
+    """A value that is written when it is needed."""
+    aval = eqn.outvars[0].aval
+    shape = tuple(aval.shape)
+    return Value("", shape, np.dtype(aval.dtype), shape, tuple(range(len(shape))), q)
+
+
+def _decode(cv: Converter, eqn: Any, xs: list) -> Value:
+    return _hidden(eqn, _quantized(eqn, *xs))
+
+
+rule("jc_decode")(_decode)
+rule("jc_decode", constant=True)(_decode)
+
+
+@rule("jc_static")
+def _static(cv: Converter, eqn: Any, xs: list) -> Value:
+    """QuantizeLinear to uint8 (int8 for TensorRT), and what the format leaves out clipped."""
+    x, scale, zero = xs
+    q = _quantized(eqn, None, scale, zero)
+    one = [None if isinstance(v, Value) else shrunk(v) for v in (scale, zero)]
+    if any(v is None or v.size != 1 for v in one) or not q.integers:
+        raise ArtifactError("a stored range of an activation has to be one of the whole tensor.")
+    s, z = (np.asarray(v.reshape(())) for v in one)  # type: ignore[union-attr]
+    signed = cv.target == "tensorrt"
+    if signed and z != 0:
+        raise ArtifactError(
+            f"`{q.site}` has the zero point {z:g}, and TensorRT takes none. Use symmetric ranges."
+        )
+    q.shift = 0 if signed or q.low >= 0 else 128
+    dtype, (lowest, highest) = (np.int8, (-128, 127)) if signed else (np.uint8, (0, 255))
+    names = [cv.graph.constant(s.astype(np.float32)), cv.graph.constant(np.asarray(z + q.shift, dtype))]
+    low, high = int(q.low) + q.shift, int(q.high) + q.shift
+
+    def encode(name: str) -> str:
+        out = cv.graph.emit("QuantizeLinear", [name, *names])
+        if cv.target == "tensorrt" or (low <= lowest and high >= highest):
+            return out
+        ends = [cv.graph.constant(np.asarray(e, dtype)) for e in (low, high)]
+        return cv.graph.emit("Clip", [out, *ends])
+
+    aval = eqn.outvars[0].aval
+    q.stored = cv.elementwise(encode, [x], aval.shape, dtype)
+    return _hidden(eqn, q)
+
+
+def scale_names(cv: Converter, q: Quantized) -> list[str]:
+    """Names of scale and zero point of what QuantizeLinear gave."""
+    assert q.stored is not None
+    zero = 0 if q.zero is None else shrunk(q.zero).reshape(())
+    point = np.asarray(zero + q.shift, q.stored.dtype)
+    return [cv.graph.constant(np.float32(shrunk(q.scale).reshape(()))), cv.graph.constant(point)]
+
+
+def decoded(cv: Converter, x: Value) -> Value:
+    """The value of x, written."""
+    q = x.quantized
+    assert q is not None
+    if q.stored is not None:
+        names = scale_names(cv, q)
+        return cv.elementwise(lambda n: cv.graph.emit("DequantizeLinear", [n, *names]), [q.stored], x.shape, x.dtype)
+    if q.constant:
+        packed = pack(q, tuple(range(len(x.shape))), x.shape, cv.opset)
+        if packed is not None:
+            return cv.value(packed.decode(cv.graph, q.site), x.shape, x.dtype)
+        numbers = np.asarray(q.numbers, np.float32)
+        zero = 0 if q.zero is None else np.asarray(q.zero, np.float32)
+        return cv.value(cv.graph.constant((numbers - zero) * q.scale, q.site), x.shape, x.dtype)
+    out = q.numbers
+    if q.zero is not None:
+        out = cv.elementwise("Sub", [out, q.zero], x.shape, np.float32)
+    return cv.elementwise("Mul", [out, q.scale], x.shape, np.float32)

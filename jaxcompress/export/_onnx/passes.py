@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done to nodes once all are written: the forms for which runtimes have integer kernels.
+
+    MatMul(dq, dq) + bias            Gemm with the bias in int32, of scale s_x s_w
+    Conv(dq, dq) + bias              Conv with the bias in int32
+    Q(MaxPool(Relu(Conv)))           MaxPool(Clip(Q(Conv))): on codes, which order as values do
+    Conv(dq, dq) without a Q         ConvInteger * s_x s_w + bias
+
+The third is exact: each of these operations is monotone and maps 0 to 0, and rounding to a grid
+that has 0 commutes with it. A bias in int32 moves a result by at most half a unit s_x s_w.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+
+from .graph import Graph, names_read
+
+_ON_CODES = ("Relu", "Clip", "MaxPool", "Transpose", "Reshape")
+
+
+def finish(graph: Graph, outputs: list[str], target: str) -> None:
+    """All passes, and dead nodes are dropped."""
+    prune(graph, outputs)
+    if target == "onnxruntime":
+        _quantize_early(graph, outputs)
+    if target != "tensorrt":
+        _bias(graph, outputs)
+    if target == "onnxruntime":
+        _integer_convs(graph, outputs)
+    prune(graph, outputs)
+
+
+def prune(graph: Graph, outputs: list[str]) -> None:
+    """Drops nodes that nothing reads."""
+    wanted, kept = set(outputs), []
+    for node in reversed(graph.nodes):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted.update(names_read(node))
+    graph.nodes[:] = reversed(kept)
+
+
+class _View:
+    """Producers and numbers of readers of the tensors of a graph."""
+
+    def __init__(self, graph: Graph, outputs: list[str]):
+        self.graph = graph
+        self.by = {name: node for node in graph.nodes for name in node.output}
+        self.readers = Counter(n for node in graph.nodes for n in names_read(node))
+        self.readers.update(outputs)
+
+    def producer(self, name: str, op: str | None = None) -> onnx.NodeProto | None:
+        node = self.by.get(name)
+        return node if node is not None and op in (None, node.op_type) else None
+
+    def alone(self, name: str) -> bool:
+        return self.readers[name] == 1
+
+    def constant(self, name: str) -> np.ndarray | None:
+        return self.graph.root.arrays.get(name)
+
+    def decoded(self, name: str) -> onnx.NodeProto | None:
+        return self.producer(name, "DequantizeLinear")
+
+    def integers(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+        """(decoding of the activation, of the weight) of a product on stored ranges."""
+        x, w = (self.decoded(n) for n in node.input[:2])
+        if x is None or w is None or self.constant(x.input[0]) is not None:
+            return None
+        codes = self.constant(w.input[0])
+        return (x, w) if codes is not None and codes.dtype == np.int8 else None
+
+
+def _bias(graph: Graph, outputs: list[str]) -> None:
+    """An addition of a constant after a product goes into it, in int32."""
+    view = _View(graph, outputs)
+    for add in [n for n in graph.nodes if n.op_type == "Add"]:
+        for i in (0, 1):
+            bias, name = view.constant(add.input[1 - i]), add.input[i]
+            if bias is None or not view.alone(name):
+                continue
+            node = view.producer(name)
+            reshape = node if node is not None and node.op_type == "Reshape" else None
+            if reshape is not None:
+                node = view.producer(reshape.input[0]) if view.alone(reshape.input[0]) else None
+            if node is None or node.op_type not in ("MatMul", "Conv") or len(node.input) != 2:
+                continue
+            if reshape is not None and node.op_type == "Conv":
+                continue
+            found = view.integers(node)
+            if found is None or not _merge(graph, view, node, found, bias):
+                continue
+            last = reshape if reshape is not None else node
+            last.output[0] = add.output[0]
+            graph.nodes.remove(add)
+            view = _View(graph, outputs)
+            break
+
+
+def _merge(graph: Graph, view: _View, node: onnx.NodeProto, found: tuple, bias: np.ndarray) -> bool:
+    x, w = found
+    codes, sx, sw = (view.constant(n) for n in (w.input[0], x.input[1], w.input[1]))
+    assert codes is not None and sx is not None and sw is not None
+    conv = node.op_type == "Conv"
+    columns = codes.shape[0 if conv else 1]
+    wide = [a for a, n in enumerate(bias.shape) if n != 1]
+    if conv:
+        fits = not wide or (wide == [1] and bias.ndim == codes.ndim)
+    else:  # trailing axes, and all of them
+        fits = not wide or wide == list(range(min(wide), bias.ndim))
+    if not fits or bias.size not in (1, columns) or bias.dtype != np.float32:
+        return False
+    scale = np.broadcast_to((sx * sw).astype(np.float32), (columns,))
+    whole = np.rint(np.broadcast_to(bias.reshape(-1), (columns,)).astype(np.float64) / scale)
+    if np.abs(whole).max(initial=0) >= 2**31:
+        return False
+    at = graph.nodes.index(node)
+    parts = [graph.constant(whole.astype(np.int32)), graph.constant(scale.copy()), graph.constant(np.zeros(columns, np.int32))]
+    name = graph.fresh("bias")
+    graph.nodes.insert(at, onnx.helper.make_node("DequantizeLinear", parts, [name], name=name, axis=0))
+    node.input.append(name)
+    if not conv:
+        node.op_type = "Gemm"
+    return True
+
+
+def _quantize_early(graph: Graph, outputs: list[str]) -> None:
+    """A quantizer moves up to the product, past operations that can be done on codes."""
+    view = _View(graph, outputs)
+    for quantize in [n for n in graph.nodes if n.op_type == "QuantizeLinear"]:
+        chain, name = [], quantize.input[0]
+        while view.alone(name) and (node := view.producer(name)) is not None and node.op_type in _ON_CODES:
+            if node.op_type == "Clip" and any(view.constant(n) is None for n in node.input[1:]):
+                break
+            chain.append(node)
+            name = node.input[0]
+        # A bias in between is added by the product; it is merged later.
+        node = view.producer(name)
+        product = node
+        if node is not None and node.op_type == "Add" and view.alone(name):
+            product = next((view.producer(n) for n in node.input if view.constant(n) is None), None)
+        if not chain or not view.alone(name) or product is None or product.op_type not in ("Conv", "MatMul", "Gemm"):
+            continue
+        if view.integers(product) is None:
+            continue
+        scale, point = (view.constant(n) for n in quantize.input[1:3])
+        if scale is None or point is None or scale.ndim:
+            continue
+        ends = [_ends(graph, view, step, scale, point) for step in chain]
+        for step, end in zip(chain, ends, strict=True):
+            if end is not None:
+                step.op_type = "Clip"
+                del step.input[1:]
+                step.input.extend(end)
+        graph.nodes.remove(quantize)
+        first, code = chain[-1], quantize.output[0]
+        moved = graph.fresh("QuantizeLinear")
+        graph.nodes.insert(graph.nodes.index(first), quantize)
+        quantize.input[0], quantize.output[0] = name, moved
+        first.input[0] = moved
+        chain[0].output[0] = code
+        view = _View(graph, outputs)
+
+
+def _ends(graph: Graph, view: _View, step: onnx.NodeProto, scale: np.ndarray, point: np.ndarray) -> list[str] | None:
+    """The ends of a Clip on codes that is what a step is on values; None if it clips nothing."""
+    if step.op_type not in ("Relu", "Clip"):
+        return None
+    info = np.iinfo(point.dtype)
+    ends = [int(info.min), int(info.max)]
+    if step.op_type == "Relu":
+        ends[0] = int(point)
+    else:
+        for i, name in enumerate(step.input[1:3]):
+            value = view.constant(name)
+            assert value is not None
+            ends[i] = int(np.clip(np.rint(value / scale) + int(point), info.min, info.max))
+    return [graph.constant(np.asarray(e, point.dtype)) for e in ends]
+
+
+def _integer_convs(graph: Graph, outputs: list[str]) -> None:
+    """A convolution whose result is not quantized, which no kernel takes, as ConvInteger."""
+    view = _View(graph, outputs)
+    for conv in [n for n in graph.nodes if n.op_type == "Conv"]:
+        found = view.integers(conv)
+        next_ones = [n for n in graph.nodes if conv.output[0] in n.input]
+        if found is None or [n.op_type for n in next_ones] == ["QuantizeLinear"]:
+            continue
+        x, w = found
+        sx, sw = (view.constant(n) for n in (x.input[1], w.input[1]))
+        codes = view.constant(w.input[0])
+        assert sx is not None and sw is not None and codes is not None
+        rank = codes.ndim
+        at = graph.nodes.index(conv)
+        scale = (sx * sw).astype(np.float32).reshape(-1)
+        shape = (1, -1, *[1] * (rank - 2))
+        total, real, scaled = (graph.fresh(n) for n in ("ConvInteger", "Cast", "Mul"))
+        make = onnx.helper.make_node
+        integer = make("ConvInteger", [x.input[0], w.input[0], x.input[2]], [total], name=total)
+        integer.attribute.extend(conv.attribute)
+        new = [
+            integer,
+            make("Cast", [total], [real], name=real, to=onnx.TensorProto.FLOAT),
+            make("Mul", [real, graph.constant(scale.reshape(shape) if scale.size > 1 else scale.reshape(()))], [scaled], name=scaled),
+        ]
+        if len(conv.input) > 2:
+            merged = view.decoded(conv.input[2])
+            assert merged is not None
+            whole, unit = (view.constant(n) for n in merged.input[:2])
+            bias = (whole * unit).astype(np.float32)  # type: ignore[operator]
+            new.append(make("Add", [scaled, graph.constant(bias.reshape(shape))], [conv.output[0]], name=conv.name))
+        else:
+            new[-1].output[0] = conv.output[0]
+        graph.nodes[at : at + 1] = new
+        view = _View(graph, outputs)

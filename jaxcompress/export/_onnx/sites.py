@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The function as it is exported: at every quantized site, what its operands were decoded from.
+
+Two primitives say it in the jaxpr. Both are what the transform computes, and differ from it only
+in that the exporter sees numbers, scales and zero points apart.
+
+    jc_decode(numbers, scale, zero) = (numbers - zero) * scale
+    jc_static(x, scale, zero) = jc_decode(clip(round(x / scale) + zero, low, high), scale, zero)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from ... import formats
+from ..._core.qtensor import QTensor, is_qtensor
+from ..._core.sites import Site
+from ..._core.transform import Transformed, transformed_function
+from ..._quantize import state as ranges
+from ..._quantize import straight_through
+from ..._quantize.at_site import rounded_operand
+from ..._quantize.integer import possible
+from ..._quantize.integer_dot import operation_of, whole
+from ..._quantize.quantizer import Quantizer
+from ..._quantize.stateful import StatefulQuantizeAware, _grid, _rounded, slots
+from ...formats import Format
+
+decode_p = Primitive("jc_decode")
+static_p = Primitive("jc_static")
+
+
+def _decode(numbers, scale, zero, **_):
+    return (numbers - zero) * scale
+
+
+def _static(x, scale, zero, *, low, high, **_):
+    return _decode(jnp.clip(jnp.round(x / scale) + zero, low, high), scale, zero)
+
+
+for primitive, function in ((decode_p, _decode), (static_p, _static)):
+    primitive.def_impl(jax.jit(function, static_argnames=("low", "high", "integers", "dtype", "site")))
+    primitive.def_abstract_eval(lambda x, scale, zero, **_: x)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+
+
+def _about(fmt: Format, site: Site) -> dict[str, Any]:
+    element = fmt.element if isinstance(fmt, formats.BlockFormat) else fmt  # type: ignore[attr-defined]
+    integers = whole(element) or isinstance(element, formats.Integer)
+    dtype = getattr(element, "dtype", None)
+    name = str(jnp.dtype(dtype)) if dtype is not None else ""
+    return {"low": float(element.min), "high": float(element.max), "integers": bool(integers), "dtype": name, "site": site.name}
+
+
+def _like(x: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported(StatefulQuantizeAware):
+    """A recipe whose sites show what their operands were decoded from."""
+
+    def product(self, site: Site, setting: Any) -> None:
+        return None
+
+    def apply(self, site, setting, bind, operands, learned, state):
+        values = []
+        for i, (slot, x, q) in enumerate(zip(slots(site), operands, setting, strict=True)):
+            kept = (learned or {}).get(slot), (state or {}).get(slot)
+            values.append(self._operand(site, setting, i, x, q, *kept))
+        return bind(*values), None
+
+    def _operand(self, site: Site, setting: Any, i: int, x: Any, q: Quantizer | None, learned: Any, kept: Any) -> Any:
+        axis = site.contracting(i)
+        if q is not None and not is_qtensor(x) and not q.special and site.operands[i].role == "weight":
+            x = q.quantize(x, axis)
+        if is_qtensor(x):
+            return _of_packed(x, site)
+        if q is None:
+            return x
+        if q.range in ("static", "learned"):
+            v, _, back = ranges.blocked(q, x, axis)
+            if v.shape == x.shape:
+                _, scale, zero = _grid(q, v, learned, kept)
+                zero = 0.0 if zero is None else zero
+                args = (v, _like(scale, v.shape), _like(zero, v.shape))
+                return back(static_p.bind(*args, **_about(q.format, site)))
+        if q.special:
+            return _rounded(site, i, q, x, learned, kept)[0]
+        op = operation_of(site)
+        if op is not None and possible(op, site, setting.operands):
+            codes = straight_through.codes_of(x, q, axis, ())
+            zero = 0.0 if codes.zero_point is None else codes.zero_point
+            about = _about(q.format, site)
+            if codes.zero_point is not None and q.format.max > 127:
+                about |= {"low": about["low"] - 128, "high": about["high"] - 128}
+            args = codes.codes.astype(jnp.float32), _like(codes.scale, x.shape), _like(zero, x.shape)
+            return decode_p.bind(*args, **about).astype(x.dtype)
+        return rounded_operand(site, i, q, x, False).value
+
+
+def _of_packed(q: QTensor, site: Site) -> jax.Array:
+    """The array that a QTensor stands for, with numbers and scales of every value."""
+    numbers = q.format.from_codes(q.codes)
+    scale, *rest = q.format.factors(q.scale, q.global_scale)
+    for factor in rest:
+        if factor.ndim and factor.ndim < scale.ndim:
+            factor = factor.reshape(*factor.shape, *(1,) * (scale.ndim - factor.ndim))
+        scale = scale * factor
+    zero = q.zero_point
+
+    def whole_array(x: Any) -> jax.Array:
+        if q.blocks is None:
+            return _like(x, q.shape)
+        return q.blocks.merge(_like(x, q.blocks.split_shape(q.shape)), q.shape)
+
+    args = numbers, whole_array(scale), whole_array(0.0 if zero is None else zero)
+    return decode_p.bind(*args, **_about(q.format, site)).astype(q.dtype)
+
+
+def exported(inner: Transformed) -> Callable:
+    """The function that a quantized one was made of, with `Exported` in place of its transform."""
+    return transformed_function(inner.fn, Exported(inner.transform.recipe), inner.argnums)  # type: ignore[attr-defined]

@@ -35,6 +35,13 @@ def _conv(cv: Converter, eqn: Any, xs: list) -> Value:
     perm = [0] * len(aval.shape)
     for i, a in enumerate(numbers.out_spec):
         perm[a] = i
+    with cv.at(x, w):
+        out = _product(cv, numbers, x, w, spatial, dtype)
+    return cv.value(out, aval.shape, aval.dtype, perm)
+
+
+def _product(cv: Converter, numbers: Any, x: Any, w: Any, spatial: dict, dtype: np.dtype) -> str:
+    """The name of the convolution, channels first."""
     qx, qw = (v.quantized if isinstance(v, Value) else None for v in (x, w))
     out = None
     if qx is not None and qw is not None and qx.integers and qw.integers and qw.constant:
@@ -48,7 +55,7 @@ def _conv(cv: Converter, eqn: Any, xs: list) -> Value:
         image = cv.tensor(x, numbers.lhs_spec)
         image = image if x.dtype == dtype else cv.cast(image, dtype)
         out = cv.graph.emit("Conv", [image, _kernel(cv, w, numbers.rhs_spec, dtype)], **spatial)
-    return cv.value(out, aval.shape, aval.dtype, perm)
+    return out
 
 
 def _prepadded(cv: Converter, x: Value, spec: Any, pads: list, dilation: Any) -> Value:
@@ -69,7 +76,7 @@ def _kernel(cv: Converter, w: Any, spec: Any, dtype: np.dtype) -> str:
     q = w.quantized if isinstance(w, Value) else None
     packed = _laid_out(q, spec, cv.opset) if q is not None and q.constant else None
     if packed is not None:
-        name = packed.decode(cv.graph, q.site)  # type: ignore[union-attr]
+        name = cv.decoded(packed, q.site, False)  # type: ignore[union-attr]
         return name if dtype == np.float32 else cv.cast(name, dtype)
     if not isinstance(w, Value):
         return cv.graph.constant(np.transpose(w, spec).astype(dtype), "kernel")

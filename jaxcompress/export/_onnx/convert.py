@@ -8,8 +8,9 @@ where they are known and `Value`s elsewhere. Rules are registered by `@rule("nam
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from jax.extend import core as jex
 
 from ..._core import _compat
 from ..._errors import ArtifactError
-from .graph import Graph, Value, check_dtype
+from .graph import SITE, Graph, Value, check_dtype
+from .quantized import Packed
 
 Rule = Callable[["Converter", Any, list], Any]
 RULES: dict[str, Rule] = {}
@@ -58,11 +60,20 @@ class Converter:
 
     def __init__(self, graph: Graph, symbols: dict[str, tuple[str, int]], target: str):
         self.graph, self.symbols, self.target = graph, symbols, target
-        self._decoded: dict[int, tuple[Any, str]] = {}
 
     @property
     def opset(self) -> int:
         return self.graph.opset
+
+    @contextlib.contextmanager
+    def at(self, *operands: Any) -> Iterator[None]:
+        """Names what is written after the site that reads these operands, if they are of one."""
+        found = [x.quantized.site for x in operands if isinstance(x, Value) and x.quantized]
+        before, self.graph.scope = self.graph.scope, f"{found[-1]}{SITE}" if found else ""
+        try:
+            yield
+        finally:
+            self.graph.scope = before
 
     def within(self, graph: Graph) -> Converter:
         """A converter that writes into a subgraph."""
@@ -141,6 +152,17 @@ class Converter:
         from .decode import decoded  # it builds on this module
 
         return decoded(self, x)
+
+    def decoded(self, packed: Packed, site: str, kernel: bool) -> str:
+        """The name of a decoded weight.
+
+        onnxruntime decodes at every call what no kernel takes: there it is written by other nodes.
+        """
+        if self.target == "onnxruntime" and not kernel:
+            found = packed.multiplied(self.graph, site)
+            if found is not None:
+                return found
+        return packed.decode(self.graph, site)
 
     def plain(self, x: Any) -> Value:
         """x as a value whose tensor is as JAX has it."""

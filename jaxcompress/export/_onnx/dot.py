@@ -53,7 +53,8 @@ def _dot_general(cv: Converter, eqn: Any, xs: list) -> Value:
     if swapped and b.batch and list(b.batch) != sorted(b.batch):
         a, b, swapped = left, right, False
     aval = eqn.outvars[0].aval
-    name = product(cv, a, b, np.dtype(aval.dtype))
+    with cv.at(a.x, b.x):
+        name = product(cv, a, b, np.dtype(aval.dtype))
     n, fa, fb = len(a.batch), len(a.free), len(b.free)
     perm = list(range(n + fa + fb))
     if swapped:
@@ -122,7 +123,8 @@ def _right(cv: Converter, b: Side, dtype: np.dtype) -> str:
     shape = (*b.sizes(b.batch), math.prod(b.sizes(b.summed)), math.prod(b.sizes(b.free)))
     packed = _packed(cv, b)
     if packed is not None:
-        name = packed.decode(cv.graph, b.quantized.site)  # type: ignore[union-attr]
+        kernel = packed.attributes.get("axis") == (0 if "block_size" in packed.attributes else 1)
+        name = cv.decoded(packed, b.quantized.site, kernel and packed.codes.ndim == 2)  # type: ignore[union-attr]
         return name if dtype == np.float32 else cv.cast(name, dtype)
     x = _plain(cv, b, dtype)
     if not isinstance(x, Value):

@@ -31,6 +31,7 @@ _ALWAYS = frozenset(
 )
 
 
+SITE = "|"  # in names of nodes, after that of the site that they compute
 _SMALL = 4096  # bytes up to which equal constants are looked for
 
 
@@ -67,7 +68,7 @@ class Graph:
     def __init__(self, opset: int, parent: Graph | None = None):
         self.opset, self.parent = opset, parent
         self.nodes: list[onnx.NodeProto] = []
-        self.scope = "" if parent is None else parent.scope
+        self.scope = ""
         self.root: Graph = self if parent is None else parent.root
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._known: dict[Any, str] = {}

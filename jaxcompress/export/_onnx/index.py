@@ -64,7 +64,8 @@ def _rows(cv: Converter, x: Any, index: Any, numbers: Any, mode: str, aval: Any)
         if "FILL" in mode:
             valid = cv.graph.emit("Equal", [name, inside])
         name = inside
-    out = _table(cv, x, axis, name, lead)
+    with cv.at(x):
+        out = _table(cv, x, axis, name, lead)
     if valid is not None:
         shape = [1] * axis + list(index.shape[:-1]) + [1] * (len(x.shape) - axis - 1)
         out = cv.graph.emit("Where", [cv.reshaped(valid, shape), out, _fill(cv, {}, aval.dtype)])

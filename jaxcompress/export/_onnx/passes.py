@@ -5,8 +5,9 @@
     Conv(dq, dq) + bias              Conv with the bias in int32
     Q(MaxPool(Relu(Conv)))           MaxPool(Clip(Q(Conv))): on codes, which order as values do
     Conv(dq, dq) without a Q         ConvInteger * s_x s_w + bias
+    MatMul(x, dq) + bias             MatMul(x, dq) - (-bias): else they become a Gemm in floats
 
-The third is exact: each of these operations is monotone and maps 0 to 0, and rounding to a grid
+The third is exact: each of those operations is monotone and maps 0 to 0, and rounding to a grid
 that has 0 commutes with it. A bias in int32 moves a result by at most half a unit s_x s_w.
 """
 
@@ -17,7 +18,7 @@ from collections import Counter
 import numpy as np
 import onnx
 
-from .graph import Graph, names_read
+from .graph import SITE, Graph, names_read
 
 _ON_CODES = ("Relu", "Clip", "MaxPool", "Transpose", "Reshape")
 
@@ -31,6 +32,7 @@ def finish(graph: Graph, outputs: list[str], target: str) -> None:
         _bias(graph, outputs)
     if target == "onnxruntime":
         _integer_convs(graph, outputs)
+        _keep_small_weights(graph, outputs)
     prune(graph, outputs)
 
 
@@ -198,7 +200,8 @@ def _integer_convs(graph: Graph, outputs: list[str]) -> None:
         at = graph.nodes.index(conv)
         scale = (sx * sw).astype(np.float32).reshape(-1)
         shape = (1, -1, *[1] * (rank - 2))
-        total, real, scaled = (graph.fresh(n) for n in ("ConvInteger", "Cast", "Mul"))
+        site = conv.name.split(SITE)[0] + SITE
+        total, real, scaled = (graph.fresh(site + n) for n in ("ConvInteger", "Cast", "Mul"))
         make = onnx.helper.make_node
         integer = make("ConvInteger", [x.input[0], w.input[0], x.input[2]], [total], name=total)
         integer.attribute.extend(conv.attribute)
@@ -217,3 +220,18 @@ def _integer_convs(graph: Graph, outputs: list[str]) -> None:
             new[-1].output[0] = conv.output[0]
         graph.nodes[at : at + 1] = new
         view = _View(graph, outputs)
+
+
+def _keep_small_weights(graph: Graph, outputs: list[str]) -> None:
+    """onnxruntime merges an addition before it sees that the weight is small; a subtraction not."""
+    view = _View(graph, outputs)
+    for add in [n for n in graph.nodes if n.op_type == "Add"]:
+        for i in (0, 1):
+            bias, node = view.constant(add.input[1 - i]), view.producer(add.input[i], "MatMul")
+            if bias is None or node is None or view.decoded(node.input[1]) is None:
+                continue
+            name = add.input[i]
+            add.op_type = "Sub"
+            del add.input[:]
+            add.input.extend([name, graph.constant(-bias)])
+            break

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 
 from .graph import Graph, Value
 
@@ -80,16 +81,24 @@ class Packed:
     zero: np.ndarray | None
     attributes: dict[str, int]
 
-    @property
-    def per_tensor(self) -> bool:
-        return self.scale.ndim == 0
-
     def decode(self, graph: Graph, stem: str) -> str:
         """Writes DequantizeLinear; the name of its result."""
         names = [graph.constant(self.codes, stem), graph.constant(self.scale, f"{stem}.scale")]
         if self.zero is not None:
             names.append(graph.constant(self.zero, f"{stem}.zero_point"))
         return graph.emit("DequantizeLinear", names, **self.attributes)
+
+    def multiplied(self, graph: Graph, stem: str) -> str | None:
+        """The same by Cast and Mul, which runtimes compute once, when they load the model."""
+        size = self.attributes.get("block_size")
+        if size is not None or (self.zero is not None and self.zero.astype(np.float32).any()):
+            return None
+        shape = [1] * self.codes.ndim
+        if self.attributes:
+            shape[self.attributes["axis"]] = -1
+        codes = graph.constant(self.codes, stem)
+        out = graph.emit("Cast", [codes], to=onnx.TensorProto.FLOAT)
+        return graph.emit("Mul", [out, graph.constant(self.scale.reshape(shape), f"{stem}.scale")])
 
 
 def pack(q: Quantized, order: tuple[int, ...], shape: tuple[int, ...], opset: int) -> Packed | None:

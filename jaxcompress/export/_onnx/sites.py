@@ -58,6 +58,10 @@ def _about(fmt: Format, site: Site) -> dict[str, Any]:
     return {"low": float(element.min), "high": float(element.max), "integers": bool(integers), "dtype": name, "site": site.name}
 
 
+def _zero(zero: Any, scale: jax.Array) -> jax.Array:
+    return jnp.zeros((1,) * scale.ndim) if zero is None else jnp.asarray(zero, jnp.float32)
+
+
 def _like(x: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape)
 
@@ -88,20 +92,17 @@ class Exported(StatefulQuantizeAware):
             v, _, back = ranges.blocked(q, x, axis)
             if v.shape == x.shape:
                 _, scale, zero = _grid(q, v, learned, kept)
-                zero = 0.0 if zero is None else zero
-                args = (v, _like(scale, v.shape), _like(zero, v.shape))
-                return back(static_p.bind(*args, **_about(q.format, site)))
+                return back(static_p.bind(v, scale, _zero(zero, scale), **_about(q.format, site)))
         if q.special:
             return _rounded(site, i, q, x, learned, kept)[0]
         op = operation_of(site)
         if op is not None and possible(op, site, setting.operands):
             codes = straight_through.codes_of(x, q, axis, ())
-            zero = 0.0 if codes.zero_point is None else codes.zero_point
             about = _about(q.format, site)
             if codes.zero_point is not None and q.format.max > 127:
                 about |= {"low": about["low"] - 128, "high": about["high"] - 128}
-            args = codes.codes.astype(jnp.float32), _like(codes.scale, x.shape), _like(zero, x.shape)
-            return decode_p.bind(*args, **about).astype(x.dtype)
+            numbers, zero = codes.codes.astype(jnp.float32), _zero(codes.zero_point, codes.scale)
+            return decode_p.bind(numbers, codes.scale, zero, **about).astype(x.dtype)
         return rounded_operand(site, i, q, x, False).value
 
 

@@ -30,8 +30,8 @@ def primitives() -> tuple[str, ...]:
 
 def model_of(
     fn: Any, params: Any, example_inputs: tuple, inputs: Sequence, opset: int, target: str
-) -> tuple[onnx.ModelProto, Program, Packing, Any]:
-    """(the model, the function on packed parameters, how they are packed, what it returns).
+) -> tuple[onnx.ModelProto, Packing, Any]:
+    """(the model, how parameters are packed, shapes of what it returns).
 
     Args:
       inputs: shapes and dtypes of the arrays among the example inputs; sizes may be symbolic.
@@ -81,7 +81,7 @@ def model_of(
         ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)], True),
         producer_name="jaxcompress",
     )  # fmt: skip
-    return model, program, packing, results
+    return model, packing, results
 
 
 def _avals(arrays: Sequence) -> list[jax.ShapeDtypeStruct]:

@@ -23,13 +23,14 @@ from . import __version__
 from ._core.compressed import Compressed
 from ._core.provenance import key_path
 from ._core.qtensor import nbytes
-from ._errors import ArtifactError, JaxCompressError
+from ._deploy import deployed, export_for_any_batch
+from ._errors import JaxCompressError
 from ._quantize.aware import quantize_aware
 from ._quantize.post_training import quantize
 from ._quantize.recipe import Recipe
 from ._quantize.report import report
 from ._quantize.storage import compressed_weights
-from ._result import FLOAT_PARAMETERS, PARAMETERS, STABLEHLO, new_result, write_report
+from ._result import FLOAT_PARAMETERS, ONNX, PARAMETERS, STABLEHLO, new_result, write_report
 from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
 from .export import save_params, stablehlo
@@ -57,7 +58,8 @@ def compress(
       method: "qat" trains with the recipe in the loop; other names, joined by "+", are methods of
         `jc.quantize`, which get the model as it is after the float training.
       quiet: no progress on stderr.
-      exports: of "stablehlo": programs to write beside the parameters, in directories of that name.
+      exports: of "stablehlo" and "onnx": what to write beside the parameters, in directories of
+        that name.
 
     Returns:
       What `report.json` holds.
@@ -83,7 +85,10 @@ def compress(
         save_params(stored_q, folder / PARAMETERS)
         save_params(stored, folder / FLOAT_PARAMETERS)
         if STABLEHLO in exports:
-            _export(small.fn, small.params, x, folder / STABLEHLO)
+            export_for_any_batch(stablehlo, small.fn, small.params, x, path=folder / STABLEHLO)
+        extra = {}
+        if ONNX in exports:
+            extra[ONNX] = deployed(task, params, small.fn, small.params, x, folder / ONNX)
         trained = task.train is not None and method == QAT
         train = task.train
         result = {
@@ -116,17 +121,10 @@ def compress(
             },
             "step_ms": {"of": "training" if trained else "prediction", **_step_ms(*runs)},
             "rows": [dataclasses.asdict(row) for row in rows],
+            **extra,
         }
         write_report(folder, result)
     return result
-
-
-def _export(fn: Callable, params: Any, x: Any, path: pathlib.Path) -> None:
-    """A program for every size of batch; for that of `x` alone where shapes depend on it."""
-    try:
-        stablehlo(fn, params, x, path=path, symbolic_batch=True)
-    except (ArtifactError, TypeError, ValueError):
-        stablehlo(fn, params, x, path=path)
 
 
 def initial(task: Task, seed: int) -> tuple[Any, Any]:

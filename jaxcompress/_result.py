@@ -26,7 +26,7 @@ REPORT, PARAMETERS, FLOAT_PARAMETERS = (
     "model.safetensors",
     "float_model.safetensors",
 )
-STABLEHLO = "stablehlo"
+STABLEHLO, ONNX = EXPORTS = ("stablehlo", "onnx")
 _EARLIER = ("parameters.npz", "float_parameters.npz")  # names that results once had
 
 
@@ -85,7 +85,7 @@ def _check_replaceable(out: pathlib.Path) -> None:
     if not out.is_dir():
         raise ArtifactError(f"{out} is a file and the result a directory. Choose another --out.")
     names = {path.name for path in out.iterdir()}
-    foreign = sorted(names - {REPORT, PARAMETERS, FLOAT_PARAMETERS, STABLEHLO, *_EARLIER})
+    foreign = sorted(names - {REPORT, PARAMETERS, FLOAT_PARAMETERS, *EXPORTS, *_EARLIER})
     if names and (foreign or REPORT not in names):
         raise ArtifactError(
             f"{out} exists and is not an earlier result: it holds {', '.join(sorted(names)[:3])}. "

@@ -33,6 +33,7 @@ ROWS = {
     "_train": LAST,
     "_result": LAST,
     "_compress": LAST,
+    "_deploy": LAST,
     "_cli": LAST,
 }
 OPTIONAL = (

@@ -197,8 +197,10 @@ def _row(data: Any) -> Row:
     return row
 
 
-def load(path: str | os.PathLike[str]) -> Artifact:
-    """Reads what `stablehlo` wrote. The model's code is not needed, and nothing is executed yet.
+def load(path: str | os.PathLike[str]) -> Any:
+    """Reads what `stablehlo` or `onnx` wrote: an `Artifact`, or of a file `.onnx` an `OnnxModel`.
+
+    The model's code is not needed, and nothing is executed yet.
 
     Raises:
       ArtifactError: it is missing, damaged, of another version, or something else.
@@ -209,6 +211,11 @@ def load(path: str | os.PathLike[str]) -> Artifact:
       ArtifactError: somewhere is no artifact: it has no manifest.json.
     """
     path = pathlib.Path(path)
+    if path.suffix == ".onnx":
+        need_onnx()
+        from ._onnx.model import OnnxModel  # an extra
+
+        return OnnxModel(path)
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}.")
     what = member(path, MANIFEST)
@@ -228,6 +235,14 @@ def load(path: str | os.PathLike[str]) -> Artifact:
             raise ArtifactError(f"{what} is damaged: it names the file {json.dumps(name)}.")
         (artifact._program if name in (PROGRAM, SITES) else artifact._checked)(name)
     return artifact
+
+
+def need_onnx() -> None:
+    """Raises: onnx, which is an extra, is not installed."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ArtifactError("ONNX models need onnx: pip install 'jaxcompress[onnx]'.") from error
 
 
 def check_replaceable(path: pathlib.Path) -> None:

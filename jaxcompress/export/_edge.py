@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._errors import ArtifactError
+from ._artifact import need_onnx
+from ._params import save_params
 from ._program import Program
 from ._signature import Signature
-from ._stablehlo import _avals, _with_symbolic_batch
+from ._stablehlo import avals, reference_values, with_symbolic_batch
 
 if TYPE_CHECKING:
     from ._onnx.model import OnnxModel
@@ -27,6 +29,7 @@ def onnx(
     symbolic_batch: bool = False,
     strict: bool = False,
     external_data: bool | None = None,
+    reference: bool = False,
 ) -> OnnxModel:
     """Exports `fn(params, *inputs)` as an ONNX file, with quantized sites as ONNX has them.
 
@@ -50,6 +53,7 @@ def onnx(
       symbolic_batch: let the model take any size in place of the leading one of the inputs.
       strict: refuse to write a model of which onnxruntime computes a quantized site in floats.
       external_data: weights in a file beside it; by default only those of models above 2 GB.
+      reference: write what `fn` makes of the example inputs beside it, for `verify`.
 
     Returns:
       The model: `.run(*inputs)`, `.audit()`, `.report`, `.nbytes`, `.path`.
@@ -62,14 +66,15 @@ def onnx(
     Example:
       >>> import tempfile, jax.numpy as jnp, jaxcompress as jc
       >>> fn = jc.quantize_aware(lambda p, x: x @ p["w"], "w8a8")
+      >>> params, x = {"w": jnp.eye(4)}, jnp.ones((1, 4))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     model = jc.export.onnx(fn, {"w": jnp.eye(4)}, jnp.ones((1, 4)), path=folder + "/m.onnx")
-      ...     model.run(jnp.ones((1, 4)))
+      ...     model = jc.export.onnx(fn, params, x, path=folder + "/m.onnx")
+      ...     model.run(x)
       array([[1., 1., 1., 1.]], dtype=float32)
 
     References: https://onnx.ai/onnx/operators, Jacob et al. 2018 (integer products).
     """
-    _need_onnx()
+    need_onnx()
     from ._onnx import model as files
     from ._onnx.audit import audit
     from ._onnx.rows import stored_rows
@@ -77,8 +82,8 @@ def onnx(
 
     path = pathlib.Path(path)
     given = Program(fn, params, example_inputs)
-    inputs = _with_symbolic_batch(given.inputs) if symbolic_batch else given.inputs
-    inputs = _avals(inputs)
+    inputs = with_symbolic_batch(given.inputs) if symbolic_batch else given.inputs
+    inputs = avals(inputs)
     model, packing, results = model_of(fn, params, example_inputs, inputs, opset, target)
     rows = stored_rows(model, packing, params, example_inputs)
     about = {
@@ -101,6 +106,9 @@ def onnx(
                 "leave strict out. Nothing was written."
             )
     files.save(model, path, external_data)
+    found = reference_values(given, None, 2**26) if reference else None
+    if found is not None:
+        save_params(found, files.reference_of(path))
     return files.OnnxModel(path)
 
 
@@ -110,14 +118,7 @@ def onnx_primitives() -> tuple[str, ...]:
     >>> "dot_general" in onnx_primitives()
     True
     """
-    _need_onnx()
+    need_onnx()
     from ._onnx.write import primitives
 
     return primitives()
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ArtifactError("ONNX models need onnx: pip install 'jaxcompress[onnx]'.") from error

@@ -99,8 +99,8 @@ def stablehlo(
     program = given
     if packing.recipe is not None:
         program = Program(fn, packing.pack(params, example_inputs), example_inputs)
-    inputs = _with_symbolic_batch(program.inputs) if symbolic_batch else program.inputs
-    inputs = _avals(inputs)
+    inputs = with_symbolic_batch(program.inputs) if symbolic_batch else program.inputs
+    inputs = avals(inputs)
     exported, data, out = _export(program.run, program, inputs, platforms)
     names = program.sites() if sites else []
     files = {PROGRAM: data}
@@ -123,7 +123,7 @@ def stablehlo(
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             save_params(program.named, folder / MODEL)
-            reference = _reference(given, program if names else None, reference_bytes)
+            reference = reference_values(given, program if names else None, reference_bytes)
             if reference is not None:
                 save_params(reference, folder / REFERENCE)
             manifest["files"] = {
@@ -143,7 +143,7 @@ def _export(
 ) -> tuple[Any, bytes, Any]:
     """(what jax.export makes of a function, that serialized, what the function returns)."""
     arrays_of, kept = flat(run)
-    compiled, args = jax.jit(arrays_of), (_avals(program.leaves), list(inputs))
+    compiled, args = jax.jit(arrays_of), (avals(program.leaves), list(inputs))
     jax.eval_shape(compiled, *args)  # what fails here is the function's own
     try:
         exported = jax_export.export(compiled, platforms=tuple(platforms))(*args)
@@ -154,31 +154,31 @@ def _export(
             f"{type(error).__name__}: {error}. Leave a platform out with platforms=, or the "
             "operation or dtype that is named."
         ) from error
-    return exported, bytes(data), kept[0].merge(_avals(exported.out_avals))
+    return exported, bytes(data), kept[0].merge(avals(exported.out_avals))
 
 
-def _avals(arrays: Sequence) -> list[jax.ShapeDtypeStruct]:
+def avals(arrays: Sequence) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
-def _with_symbolic_batch(inputs: Sequence) -> list[jax.ShapeDtypeStruct]:
+def with_symbolic_batch(inputs: Sequence) -> list[jax.ShapeDtypeStruct]:
     """The same shapes with a symbol in place of the leading size.
 
     Raises:
       ArtifactError: the inputs have no leading size in common.
     """
-    avals = _avals(inputs)
-    sizes = {x.shape[0] for x in avals if x.shape}
+    shapes = avals(inputs)
+    sizes = {x.shape[0] for x in shapes if x.shape}
     if len(sizes) != 1:
         raise ArtifactError(
             f"symbolic_batch=True: the leading sizes of the inputs are {sorted(map(str, sizes))}, "
             "expected one. Give jax.ShapeDtypeStructs with jax.export.symbolic_shape instead."
         )
     (size,) = jax_export.symbolic_shape(_BATCH)
-    return [jax.ShapeDtypeStruct((size, *x.shape[1:]) if x.shape else (), x.dtype) for x in avals]
+    return [jax.ShapeDtypeStruct((size, *x.shape[1:]) if x.shape else (), x.dtype) for x in shapes]
 
 
-def _reference(given: Program, packed: Program | None, limit: int) -> dict[str, Any] | None:
+def reference_values(given: Program, packed: Program | None, limit: int) -> dict[str, Any] | None:
     """Inputs, outputs of the function itself, results of sites; None without inputs.
 
     Those of sites are of the function on packed parameters: with the result of a site kept, XLA

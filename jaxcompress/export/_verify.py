@@ -14,7 +14,6 @@ import numpy as np
 from .._core.tabular import Tabular
 from .._errors import ArtifactError
 from .._quantize.calibrate import Inputs
-from ._artifact import Artifact
 from ._packing import Packing
 from ._program import Program, flat
 
@@ -31,6 +30,7 @@ class Comparison:
       different: how many differ in their bits; NaN equals NaN.
       largest: the largest absolute difference.
       first: where the first difference is, and both values; empty without one.
+      scale: the largest absolute value of the function.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Comparison:
     different: int = 0
     largest: float = 0.0
     first: str = ""
+    scale: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Verification(Tabular):
     def first_difference(self) -> Comparison | None:
         """The first site in program order that differs; else the first output; else None."""
         return next((row for row in self.rows if row.different), None)
+
+    def close(self, tolerance: float) -> bool:
+        """Whether no difference is larger than this share of the largest value of its row."""
+        return all(row.largest <= tolerance * row.scale for row in self.rows)
 
     def __bool__(self) -> bool:
         return self.equal
@@ -108,7 +113,7 @@ class Verification(Tabular):
 
 
 def verify(
-    artifact: Artifact,
+    artifact: Any,
     fn: Callable | None = None,
     params: Any = None,
     batches: Iterable[Any] | None = None,
@@ -116,7 +121,8 @@ def verify(
     """Compares an artifact with a function on the same inputs, bit by bit, on this machine.
 
     Args:
-      artifact: of `stablehlo` or `load`.
+      artifact: of `stablehlo`, `onnx` or `load`. Other runtimes than XLA sum in another order:
+        look at the largest difference, or at `.close(tolerance)`.
       fn, params: the function that it was made of, and its parameters. Without them the artifact
         is compared with what `fn` made of the example inputs when it was exported. Sites are
         those of `fn` on packed parameters.
@@ -162,7 +168,7 @@ def verify(
 
 
 def _expected(
-    artifact: Artifact, fn: Callable | None, params: Any, batches: Iterable[Any] | None
+    artifact: Any, fn: Callable | None, params: Any, batches: Iterable[Any] | None
 ) -> Iterator[tuple[tuple, list, dict[str, jax.Array] | None]]:
     """(inputs, outputs, results of sites) of the function, by batch."""
     if fn is None or batches is None:
@@ -204,14 +210,15 @@ def _compare(rows: dict, kind: str, name: str, got: Any, want: Any, batch: int) 
     differs = ~((a == b) | ((a != a) & (b != b)))
     if a.dtype.kind not in "biuc":
         differs |= (np.signbit(a) != np.signbit(b)) & (a == b)
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
     where, first = np.argwhere(differs), old.first
     largest = old.largest
     if len(where):
         i = tuple(where[0].tolist())
         first = first or f"batch {batch}, index {i}: {a[i]} in the artifact, {b[i]} in the function"
-        wide = np.complex128 if a.dtype.kind == "c" else np.float64
         gap = np.abs(a[differs].astype(wide) - b[differs].astype(wide))
         largest = max(largest, float(np.max(np.where(np.isnan(gap), np.inf, gap))))
+    sizes = np.abs(b.astype(wide))
     rows[kind, name] = Comparison(
         name,
         kind,
@@ -221,4 +228,5 @@ def _compare(rows: dict, kind: str, name: str, got: Any, want: Any, batch: int) 
         old.different + len(where),
         largest,
         first,
+        max(old.scale, float(np.max(sizes, initial=0, where=np.isfinite(sizes)))),
     )

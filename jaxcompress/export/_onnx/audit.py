@@ -26,7 +26,7 @@ INTEGER = frozenset(
     "QGemm QLinearConv QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger "
     "DynamicQuantizeMatMul".split()
 )
-SMALL = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+FLOAT = frozenset("MatMul Gemm FusedGemm FusedMatMul Conv FusedConv Gather".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Audit(Tabular):
     @property
     def title(self) -> str:
         good = len(self.rows) - len(self.fallbacks)
-        return f"{self.path} in onnxruntime {self.version}: {good} of {len(self.rows)} sites on small kernels"
+        where = f"{self.path} in onnxruntime {self.version}"
+        return f"{where}: {good} of {len(self.rows)} sites on small kernels"
 
     @property
     def columns(self) -> list[tuple[str, bool]]:
@@ -94,8 +95,11 @@ def audit(model: onnx.ModelProto, name: str) -> Audit:
     for site, nodes in written.items():
         names = {n.name for n in nodes}
         found = [n for n in after if _origin(n.name, names)]
-        kinds = _counted([n.op_type for n in found]) or "(folded into a constant)"
-        why = "; ".join(dict.fromkeys(filter(None, (_why(n, decoding) for n in found))))
+        reasons = [_why(n, decoding) for n in found]
+        if not found and not all(n.op_type in INTEGER for n in nodes):
+            reasons = ["merged into other operations, in floats: its weight is decoded at loading"]
+        why = "; ".join(dict.fromkeys(filter(None, reasons)))
+        kinds = _counted([n.op_type for n in found]) or "other operations"
         rows.append(Kernel(site, _counted([n.op_type for n in nodes]), kinds, why))
     return Audit(name, onnxruntime.__version__, tuple(rows))
 
@@ -123,10 +127,10 @@ def _counted(names: list[str]) -> str:
 
 
 def _why(node: onnx.NodeProto, decoding: set[Any]) -> str:
-    if node.op_type in INTEGER | SMALL or node.op_type not in ("MatMul", "Gemm", "FusedGemm", "FusedMatMul", "Conv", "FusedConv", "Gather"):
+    """Why a node computes in floats; empty if it does not."""
+    if node.op_type not in FLOAT:
         return ""
     if node.op_type == "Gather":
-        return "its table is decoded when the model is loaded" if node.input[0] in decoding else ""
-    if any(name in decoding for name in node.input):
-        return f"{node.op_type} in floats on operands that are decoded at every call"
-    return f"{node.op_type} in floats on a weight that is decoded when the model is loaded"
+        return "its table is decoded at every call" if node.input[0] in decoding else ""
+    when = "at every call" if any(name in decoding for name in node.input) else "at loading"
+    return f"{node.op_type} in floats: its weight is decoded {when}"

@@ -65,11 +65,12 @@ def _scan(cv: Converter, eqn: Any, xs: list) -> list:
         attributes["scan_input_directions"] = [1] * attributes["num_scan_inputs"]
         attributes["scan_output_directions"] = [1] * many
     found = cv.graph.emit("Scan", given, outputs=len(eqn.outvars), **attributes)
-    found = [found] if isinstance(found, str) else found
-    return [cv.value(n, v.aval.shape, v.aval.dtype) for n, v in zip(found, eqn.outvars, strict=True)]
+    return cv.results(eqn, found)
 
 
-def _unrolled(cv: Converter, eqn: Any, jaxpr: Any, closed: list, consts: list, carry: list, over: list) -> list:
+def _unrolled(
+    cv: Converter, eqn: Any, jaxpr: Any, closed: list, consts: list, carry: list, over: list
+) -> list:
     n, stacks = eqn.params["length"], []
     steps = range(n - 1, -1, -1) if eqn.params["reverse"] else range(n)
     whole = [cv.plain(x) if isinstance(x, Value) else x for x in over]
@@ -116,10 +117,18 @@ def _while(cv: Converter, eqn: Any, xs: list) -> list:
     int64, boolean = cv.dtype(np.int64), cv.dtype(bool)
     kinds = [cv.dtype(a.dtype) for a in avals]
     shapes = [a.shape for a in avals]
-    block = subgraph(inside, "body", [count, on, *names], outputs, [int64, boolean, *kinds, boolean, *kinds], [(), (), *shapes, (), *shapes])
-    found = cv.graph.emit("Loop", ["", cv.tensor(go), *(cv.tensor(x) for x in start)], outputs=len(avals), body=block)
-    found = [found] if isinstance(found, str) else found
-    return [cv.value(name, a.shape, a.dtype) for name, a in zip(found, avals, strict=True)]
+    block = subgraph(
+        inside,
+        "body",
+        [count, on, *names],
+        outputs,
+        [int64, boolean, *kinds, boolean, *kinds],
+        [(), (), *shapes, (), *shapes],
+    )
+    found = cv.graph.emit(
+        "Loop", ["", cv.tensor(go), *(cv.tensor(x) for x in start)], outputs=len(avals), body=block
+    )
+    return cv.results(eqn, found)
 
 
 @rule("cond")
@@ -131,10 +140,18 @@ def _cond(cv: Converter, eqn: Any, xs: list) -> list:
     operands = [_outer(cv, x) for x in operands]
     index = cv.tensor(which)
     found = _branch(cv, eqn, index, which.dtype, branches, operands, 0)
-    return [cv.value(n, v.aval.shape, v.aval.dtype) for n, v in zip(found, eqn.outvars, strict=True)]
+    return cv.results(eqn, found)
 
 
-def _branch(cv: Converter, eqn: Any, index: str, dtype: Any, branches: list, operands: list, first: int) -> list[str]:
+def _branch(
+    cv: Converter,
+    eqn: Any,
+    index: str,
+    dtype: Any,
+    branches: list[tuple[Any, list]],
+    operands: list,
+    first: int,
+) -> list[str]:
     """Names of the results of the branch that the index says, of those from `first` on."""
     if first == len(branches) - 1:
         return _results(cv, cv.run(*branches[first], operands), eqn.outvars)
@@ -149,7 +166,9 @@ def _branch(cv: Converter, eqn: Any, index: str, dtype: Any, branches: list, ope
             outputs = _branch(inside, eqn, index, dtype, branches, operands, first + 1)
         kinds, shapes = zip(*[(cv.dtype(v.aval.dtype), v.aval.shape) for v in eqn.outvars])
         graphs.append(subgraph(inside, "branch", [], outputs, list(kinds), list(shapes)))
-    found = cv.graph.emit("If", [here], outputs=len(eqn.outvars), then_branch=graphs[0], else_branch=graphs[1])
+    found = cv.graph.emit(
+        "If", [here], outputs=len(eqn.outvars), then_branch=graphs[0], else_branch=graphs[1]
+    )
     return [found] if isinstance(found, str) else found
 
 
@@ -199,7 +218,9 @@ def subgraph(
     graph = cv.graph
 
     def described(i: int, tensor: str) -> Any:
-        return onnx.helper.make_tensor_value_info(tensor, kinds[i], [d if isinstance(d, int) else str(d) for d in shapes[i]])
+        return onnx.helper.make_tensor_value_info(
+            tensor, kinds[i], [d if isinstance(d, int) else str(d) for d in shapes[i]]
+        )
 
     finish(graph, outputs, cv.target)
     infos = [described(i, n) for i, n in enumerate([*inputs, *outputs])]
@@ -211,5 +232,3 @@ def subgraph(
 @rule("custom_partitioning", "shard_map")
 def _refused(cv: Converter, eqn: Any, xs: list) -> Any:
     raise ArtifactError("it spreads work over devices. Export the function of one device.")
-
-

@@ -47,8 +47,16 @@ def _product(cv: Converter, numbers: Any, x: Any, w: Any, spatial: dict, dtype: 
     if qx is not None and qw is not None and qx.integers and qw.integers and qw.constant:
         out = _stored(cv, numbers, qx, qw, spatial) or _dynamic(cv, numbers, x, w, spatial)
         out = out if out is None or dtype == np.float32 else cv.cast(out, dtype)
-    if out is None and dtype == np.int32 and all(np.dtype(v.dtype).name in ("int8", "uint8") for v in (x, w)):
-        out = cv.graph.emit("ConvInteger", [cv.tensor(x, numbers.lhs_spec), cv.tensor(w, numbers.rhs_spec)], **spatial)
+    if (
+        out is None
+        and dtype == np.int32
+        and all(np.dtype(v.dtype).name in ("int8", "uint8") for v in (x, w))
+    ):
+        out = cv.graph.emit(
+            "ConvInteger",
+            [cv.tensor(x, numbers.lhs_spec), cv.tensor(w, numbers.rhs_spec)],
+            **spatial,
+        )
     if out is None:
         if dtype.kind in "iu":
             raise ArtifactError(f"ONNX has no convolution of {x.dtype} to {dtype}.")
@@ -86,11 +94,20 @@ def _kernel(cv: Converter, w: Any, spec: Any, dtype: np.dtype) -> str:
 
 def _channels(packed: Packed | None) -> Packed | None:
     """int8 with one scale, or one per output channel; None for anything else."""
-    if packed is None or packed.attributes not in ({}, {"axis": 0}) or (packed.zero is not None and packed.zero.any()):
+    if (
+        packed is None
+        or packed.attributes not in ({}, {"axis": 0})
+        or (packed.zero is not None and packed.zero.any())
+    ):
         return None
     if packed.codes.dtype.name not in ("int8", "int4", "int2"):
         return None
-    return Packed(packed.codes.astype(np.int8), packed.scale, np.zeros(packed.scale.shape, np.int8), packed.attributes)
+    return Packed(
+        packed.codes.astype(np.int8),
+        packed.scale,
+        np.zeros(packed.scale.shape, np.int8),
+        packed.attributes,
+    )
 
 
 def _stored(cv: Converter, numbers: Any, qx: Quantized, qw: Quantized, spatial: dict) -> str | None:
@@ -110,11 +127,22 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
     packed = _channels(_laid_out(qw, numbers.rhs_spec, cv.opset))
     scale = qx.scale if isinstance(qx.scale, Value) else shrunk(qx.scale)
     held = scale.held if isinstance(scale, Value) else scale.shape
-    if cv.target == "tensorrt" or packed is None or qx.zero is not None or any(held[a] != 1 for a in numbers.lhs_spec[1:]):
+    if (
+        cv.target == "tensorrt"
+        or packed is None
+        or qx.zero is not None
+        or any(held[a] != 1 for a in numbers.lhs_spec[1:])
+    ):
         return None
     codes, point = unsigned(cv, qx)
-    inputs = [cv.tensor(codes, numbers.lhs_spec), cv.graph.constant(packed.codes, qw.site), cv.graph.constant(np.uint8(point))]
+    inputs = [
+        cv.tensor(codes, numbers.lhs_spec),
+        cv.graph.constant(packed.codes, qw.site),
+        cv.graph.constant(np.uint8(point)),
+    ]
     total = cv.cast(cv.graph.emit("ConvInteger", inputs, **spatial), np.float32)
     rows = thin(cv, scale, tuple(numbers.lhs_spec))
     wide = packed.scale.reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float32)
-    return cv.graph.emit("Mul", [cv.graph.emit("Mul", [total, rows]), cv.graph.constant(wide, f"{qw.site}.scale")])
+    return cv.graph.emit(
+        "Mul", [cv.graph.emit("Mul", [total, rows]), cv.graph.constant(wide, f"{qw.site}.scale")]
+    )

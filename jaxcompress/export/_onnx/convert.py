@@ -26,14 +26,15 @@ Rule = Callable[["Converter", Any, list], Any]
 RULES: dict[str, Rule] = {}
 CONSTANT: dict[str, Rule] = {}  # what NumPy does to known operands without copying them
 
+_CALLBACKS = "pure_callback io_callback debug_callback debug_print python_callback".split()
+_RANDOM = (
+    "random_bits random_seed random_wrap random_unwrap random_split random_fold_in threefry2x32 "
+    "rng_bit_generator rng_uniform"
+).split()
 _REFUSED = {
-    name: "it calls back into Python"
-    for name in ("pure_callback", "io_callback", "debug_callback", "debug_print", "python_callback")
-} | {
-    name: "it draws random numbers; pass them as inputs, or export what inference runs"
-    for name in ("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split",
-                 "random_fold_in", "threefry2x32", "rng_bit_generator", "rng_uniform")
-}  # fmt: skip
+    **dict.fromkeys(_CALLBACKS, "it calls back into Python"),
+    **dict.fromkeys(_RANDOM, "it draws random numbers: pass them as inputs, or leave them out"),
+}
 
 
 def rule(*names: str, constant: bool = False) -> Callable[[Rule], Rule]:
@@ -84,7 +85,9 @@ class Converter:
         env: dict[Any, Any] = {}
 
         def read(v: Any) -> Any:
-            return np.asarray(v.val, v.aval.dtype) if isinstance(v, jex.Literal) else env[v]
+            if isinstance(v, jex.Literal):
+                return np.asarray(v.val, v.aval.dtype)  # type: ignore[attr-defined]
+            return env[v]
 
         env.update(zip(jaxpr.constvars, map(_known, consts), strict=True))
         env.update(zip(jaxpr.invars, map(_known, operands), strict=True))
@@ -138,6 +141,19 @@ class Converter:
             return x.name
         return self.graph.emit("Transpose", [x.name], perm=perm)
 
+    def in_order(self, x: Value) -> Value:
+        """x with a tensor whose axes are in the order of x; what is to be broadcast waits."""
+        if not x.moved:
+            return x
+        name = self.graph.emit("Transpose", [x.name], perm=x.perm)
+        return Value(name, x.shape, x.dtype, x.held, tuple(range(len(x.perm))))
+
+    def results(self, eqn: Any, names: Any) -> list[Value]:
+        """The results of an equation, of the tensors with these names (or this one)."""
+        names = [names] if isinstance(names, str) else names
+        avals = [v.aval for v in eqn.outvars]
+        return [self.value(n, a.shape, a.dtype) for n, a in zip(names, avals, strict=True)]
+
     def expanded(self, x: Value) -> Value:
         """x with a tensor of all its values."""
         inverse = np.argsort(x.perm)
@@ -168,9 +184,13 @@ class Converter:
         """x as a value whose tensor is as JAX has it."""
         if isinstance(x, Value) and x.name and not x.moved and x.held == x.shape:
             return x
-        return self.value(self.tensor(x), np.shape(x) if not isinstance(x, Value) else x.shape, x.dtype)
+        return self.value(
+            self.tensor(x), np.shape(x) if not isinstance(x, Value) else x.shape, x.dtype
+        )
 
-    def value(self, name: str, shape: Sequence, dtype: Any, perm: Sequence[int] | None = None) -> Value:
+    def value(
+        self, name: str, shape: Sequence, dtype: Any, perm: Sequence[int] | None = None
+    ) -> Value:
         """A value of a tensor that has all its sizes."""
         shape = tuple(shape)
         order = tuple(range(len(shape))) if perm is None else tuple(perm)
@@ -181,14 +201,18 @@ class Converter:
         aval = eqn.outvars[0].aval
         return self.value(self.graph.emit(op, inputs, **attrs), aval.shape, aval.dtype)
 
-    def elementwise(self, op: str | Callable, operands: Sequence, shape: Sequence, dtype: Any, **attrs) -> Value:
+    def elementwise(
+        self, op: str | Callable, operands: Sequence, shape: Sequence, dtype: Any, **attrs
+    ) -> Value:
         """An operation on values of one shape, or scalars, in the order in which they lie.
 
         `op` is a node, or a function from names of operands to the name of the result.
         """
         operands = [self.written(x) if isinstance(x, Value) else np.asarray(x) for x in operands]
         shape = tuple(shape)
-        full = [x for x in operands if isinstance(x, Value) and len(x.shape) == len(shape) and x.shape]
+        full = [
+            x for x in operands if isinstance(x, Value) and len(x.shape) == len(shape) and x.shape
+        ]
         perm = full[0].perm if full else tuple(range(len(shape)))
         order = [int(a) for a in np.argsort(perm)]
         names, helds = [], []
@@ -205,10 +229,14 @@ class Converter:
             if x.perm == perm or not x.shape:
                 names.append(x.name)
             else:
-                names.append(self.graph.emit("Transpose", [x.name], perm=[x.perm[a] for a in order]))
-        held = tuple(
-            next((h[a] for h in helds if not _is_one(h[a])), 1) for a in range(len(shape))
-        ) if helds else (1,) * len(shape)
+                names.append(
+                    self.graph.emit("Transpose", [x.name], perm=[x.perm[a] for a in order])
+                )
+        held = (
+            tuple(next((h[a] for h in helds if not _is_one(h[a])), 1) for a in range(len(shape)))
+            if helds
+            else (1,) * len(shape)
+        )
         out = op(*names) if callable(op) else self.graph.emit(op, names, **attrs)
         if not helds and shape:  # scalars only
             out = self.graph.emit("Reshape", [out, self.graph.ints(*held)])
@@ -230,7 +258,11 @@ class Converter:
             raise ArtifactError(f"ONNX takes the size {dim} from no input.")
         name, axis = self.symbols[found[2]]
         out = self.graph.emit("Shape", [name], start=axis, end=axis + 1)
-        return out if found[1] is None else self.graph.emit("Mul", [out, self.graph.ints(int(found[1]))])
+        return (
+            out
+            if found[1] is None
+            else self.graph.emit("Mul", [out, self.graph.ints(int(found[1]))])
+        )
 
     def reshaped(self, name: str, shape: Sequence) -> str:
         """The name of a tensor with other sizes."""

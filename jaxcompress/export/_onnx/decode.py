@@ -16,7 +16,9 @@ from .quantized import Quantized, pack
 def _quantized(eqn: Any, numbers: Any, scale: Any, zero: Any) -> Quantized:
     p = eqn.params
     zero = None if not isinstance(zero, Value) and not shrunk(zero).any() else zero
-    return Quantized(numbers, scale, zero, p["low"], p["high"], p["integers"], p["dtype"], p["site"])
+    return Quantized(
+        numbers, scale, zero, p["low"], p["high"], p["integers"], p["dtype"], p["site"]
+    )
 
 
 def _hidden(eqn: Any, q: Quantized) -> Value:
@@ -50,7 +52,10 @@ def _static(cv: Converter, eqn: Any, xs: list) -> Value:
         )
     q.shift = 0 if signed or q.low >= 0 else 128
     dtype, (lowest, highest) = (np.int8, (-128, 127)) if signed else (np.uint8, (0, 255))
-    names = [cv.graph.constant(s.astype(np.float32)), cv.graph.constant(np.asarray(z + q.shift, dtype))]
+    names = [
+        cv.graph.constant(s.astype(np.float32)),
+        cv.graph.constant(np.asarray(z + q.shift, dtype)),
+    ]
     low, high = int(q.low) + q.shift, int(q.high) + q.shift
 
     def encode(name: str) -> str:
@@ -79,7 +84,9 @@ def decoded(cv: Converter, x: Value) -> Value:
     assert q is not None
     if q.stored is not None:
         names = scale_names(cv, q)
-        return cv.elementwise(lambda n: cv.graph.emit("DequantizeLinear", [n, *names]), [q.stored], x.shape, x.dtype)
+        return cv.elementwise(
+            lambda n: cv.graph.emit("DequantizeLinear", [n, *names]), [q.stored], x.shape, x.dtype
+        )
     if q.constant:
         packed = pack(q, tuple(range(len(x.shape))), x.shape, cv.opset)
         if packed is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of matrix products: in floats, on decoded weights, and on integers.
 
-    stored ranges        MatMul(DequantizeLinear(x), DequantizeLinear(w)): runtimes see integers
-    dynamic ranges       MatMulInteger(x, w) * scale_x * scale_w
-    weights only         MatMul(x, DequantizeLinear(w))
+stored ranges        MatMul(DequantizeLinear(x), DequantizeLinear(w)): runtimes see integers
+dynamic ranges       MatMulInteger(x, w) * scale_x * scale_w
+weights only         MatMul(x, DequantizeLinear(w))
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Side(NamedTuple):
     @property
     def weight(self) -> bool:
         """Whether it is known when the model is written."""
-        return not isinstance(self.x, Value) or (self.quantized is not None and self.quantized.constant)
+        return not isinstance(self.x, Value) or (
+            self.quantized is not None and self.quantized.constant
+        )
 
 
 @rule("dot_general")
@@ -64,7 +66,12 @@ def _dot_general(cv: Converter, eqn: Any, xs: list) -> Value:
 
 def _seen(x: Any) -> Any:
     """x behind casts of what was decoded, which change nothing that a product reads."""
-    if isinstance(x, Value) and x.quantized is None and x.cast_of is not None and x.cast_of.quantized is not None:
+    if (
+        isinstance(x, Value)
+        and x.quantized is None
+        and x.cast_of is not None
+        and x.cast_of.quantized is not None
+    ):
         return x.cast_of
     return x
 
@@ -168,11 +175,18 @@ def _stored(cv: Converter, a: Side, b: Side) -> str | None:
 
 def _as_int8(packed: Packed) -> Packed | None:
     """The same weight in int8, which integer kernels take; None with scales inside the sum."""
-    if packed.attributes not in ({}, {"axis": 1}) or (packed.zero is not None and packed.zero.any()):
+    if packed.attributes not in ({}, {"axis": 1}) or (
+        packed.zero is not None and packed.zero.any()
+    ):
         return None
     if packed.codes.dtype.name not in ("int8", "int4", "int2"):
         return None
-    return Packed(packed.codes.astype(np.int8), packed.scale, np.zeros(packed.scale.shape, np.int8), packed.attributes)
+    return Packed(
+        packed.codes.astype(np.int8),
+        packed.scale,
+        np.zeros(packed.scale.shape, np.int8),
+        packed.attributes,
+    )
 
 
 def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
@@ -193,11 +207,15 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
         codes = np.transpose(qb.numbers, order_b).reshape(shape).astype(small)
         weight = cv.graph.constant(codes, qb.site)
         weight = weight if small.name == "int8" else cv.cast(weight, np.int8)
-        scale = cv.graph.constant(_wide(np.transpose(np.asarray(qb.scale), order_b), b), f"{qb.site}.scale")
+        scale = cv.graph.constant(
+            _wide(np.transpose(np.asarray(qb.scale), order_b), b), f"{qb.site}.scale"
+        )
     else:
         if qb.low < -128 or qb.high > 127:
             return None
-        numbers = cv.elementwise("Cast", [qb.numbers], qb.numbers.shape, np.int8, to=cv.dtype(np.int8))
+        numbers = cv.elementwise(
+            "Cast", [qb.numbers], qb.numbers.shape, np.int8, to=cv.dtype(np.int8)
+        )
         weight, scale = cv.tensor(numbers, order_b), thin(cv, qb.scale, order_b)
         if len(b.summed) != 1 or len(b.free) != 1:
             weight = cv.reshaped(weight, shape)
@@ -264,10 +282,14 @@ def _whole(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
     point = []
     if a.x.dtype == np.int8:  # kernels are faster for unsigned left operands
         wide = cv.elementwise("Cast", [a.x], a.x.shape, np.int32, to=cv.dtype(np.int32))
-        shifted = cv.elementwise("Add", [wide, np.broadcast_to(np.int32(128), wide.shape)], wide.shape, np.int32)
+        shifted = cv.elementwise(
+            "Add", [wide, np.broadcast_to(np.int32(128), wide.shape)], wide.shape, np.int32
+        )
         codes = cv.elementwise("Cast", [shifted], wide.shape, np.uint8, to=cv.dtype(np.uint8))
         left, point = a._replace(x=codes), [cv.graph.constant(np.uint8(128))]
-    return cv.graph.emit("MatMulInteger", [_left(cv, left, left.x), _right(cv, b, np.dtype(b.x.dtype)), *point])
+    return cv.graph.emit(
+        "MatMulInteger", [_left(cv, left, left.x), _right(cv, b, np.dtype(b.x.dtype)), *point]
+    )
 
 
 @rule("ragged_dot_general", "ragged_dot")
@@ -290,7 +312,9 @@ def _ragged(cv: Converter, eqn: Any, xs: list) -> Value:
             expert = _expert(r, g)
         else:
             index = cv.graph.constant(np.int64(g))
-            expert = cv.value(cv.graph.emit("Gather", [tensor, index], axis=0), r.shape[1:], r.dtype)
+            expert = cv.value(
+                cv.graph.emit("Gather", [tensor, index], axis=0), r.shape[1:], r.dtype
+            )
         y = product(cv, Side(l, (1,), ()), Side(expert, (0,), ()), dtype)
         end = cv.graph.emit("Gather", [ends, cv.graph.ints(g)], axis=0)
         mine = cv.graph.emit("Less", [rows, end])
@@ -311,6 +335,8 @@ def _expert(r: Any, g: int) -> Any:
     assert q is not None
     import dataclasses
 
-    part = dataclasses.replace(q, numbers=q.numbers[g], scale=q.scale[g], zero=None if q.zero is None else q.zero[g])
+    part = dataclasses.replace(
+        q, numbers=q.numbers[g], scale=q.scale[g], zero=None if q.zero is None else q.zero[g]
+    )
     shape = r.shape[1:]
     return Value("", shape, r.dtype, shape, tuple(range(len(shape))), part)

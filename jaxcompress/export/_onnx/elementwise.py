@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,15 @@ _SAME = {
 }  # fmt: skip
 _LOGICAL = {"and": ("And", "BitwiseAnd"), "or": ("Or", "BitwiseOr"), "xor": ("Xor", "BitwiseXor"),
             "not": ("Not", "BitwiseNot")}  # fmt: skip
-_IDENTITY = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "pvary", "sharding_constraint", "reduce_precision")
+_IDENTITY = (
+    "stop_gradient",
+    "copy",
+    "copy_p",
+    "optimization_barrier",
+    "pvary",
+    "sharding_constraint",
+    "reduce_precision",
+)
 
 
 @rule(*_SAME)
@@ -159,7 +168,9 @@ def _round(cv: Converter, eqn: Any, xs: list) -> Value:
 
     def away(x: str) -> str:
         emit = cv.graph.emit
-        up = emit("Floor", [emit("Add", [emit("Abs", [x]), _number(cv, eqn.invars[0].aval.dtype, 0.5)])])
+        up = emit(
+            "Floor", [emit("Add", [emit("Abs", [x]), _number(cv, eqn.invars[0].aval.dtype, 0.5)])]
+        )
         return emit("Mul", [emit("Sign", [x]), up])
 
     return _written(cv, eqn, xs, away)
@@ -170,12 +181,13 @@ def _integer_pow(cv: Converter, eqn: Any, xs: list) -> Value:
     y, emit = eqn.params["y"], cv.graph.emit
 
     def power(x: str) -> str:
-        n, square, out = abs(y), x, None
+        factors, n, square = [], abs(y), x
         while n:
-            out = square if n & 1 and out is None else emit("Mul", [out, square]) if n & 1 else out
+            factors += [square] * (n & 1)
             n >>= 1
             square = emit("Mul", [square, square]) if n else square
-        return emit("Reciprocal", [out]) if y < 0 else out  # type: ignore[list-item]
+        out = functools.reduce(lambda a, b: emit("Mul", [a, b]), factors)
+        return emit("Reciprocal", [out]) if y < 0 else out
 
     if y == 0:
         aval = eqn.outvars[0].aval
@@ -233,7 +245,9 @@ def _scalar(x: Any) -> Any:
 def _shift(cv: Converter, eqn: Any, xs: list) -> Value:
     if eqn.outvars[0].aval.dtype.kind != "u":
         raise ArtifactError("ONNX shifts unsigned integers only.")
-    return _written(cv, eqn, xs, "BitShift", direction="LEFT" if "left" in eqn.primitive.name else "RIGHT")
+    return _written(
+        cv, eqn, xs, "BitShift", direction="LEFT" if "left" in eqn.primitive.name else "RIGHT"
+    )
 
 
 @rule(*_IDENTITY)

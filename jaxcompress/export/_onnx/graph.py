@@ -27,7 +27,8 @@ _SINCE = {
     "float8_e4m3fn": 19, "float8_e5m2": 19, "float8_e4m3fnuz": 19, "float8_e5m2fnuz": 19,
 }  # fmt: skip
 _ALWAYS = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64".split()
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
+    "float16 bfloat16 float32 float64".split()
 )
 
 
@@ -80,7 +81,9 @@ class Graph:
         """A name that nothing has."""
         return f"{stem}_{next(self.root.counter)}"
 
-    def emit(self, op: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", **attrs) -> Any:
+    def emit(
+        self, op: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", **attrs
+    ) -> Any:
         """Writes a node; the name of its result, or a list of them if `outputs` is not 1."""
         names = [self.fresh(f"{self.scope}{op}") for _ in range(outputs)]
         node = onnx.helper.make_node(op, list(inputs), names, name=names[0], domain=domain, **attrs)

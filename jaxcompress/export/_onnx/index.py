@@ -22,14 +22,18 @@ def _gather(cv: Converter, eqn: Any, xs: list) -> Value:
         len(numbers.start_index_map) == 1
         and numbers.collapsed_slice_dims == numbers.start_index_map
         and not numbers.operand_batching_dims
-        and all(n == d or a in numbers.start_index_map for a, (n, d) in enumerate(zip(sizes, x.shape)))
+        and all(
+            n == d or a in numbers.start_index_map for a, (n, d) in enumerate(zip(sizes, x.shape))
+        )
     )
     if simple:
         return _rows(cv, x, index, numbers, mode, aval)
     table = cv.plain(x)
-    places, valid = _places(cv, index, numbers.start_index_map, sizes, x.shape, aval.shape,
-                            numbers.offset_dims, numbers.collapsed_slice_dims, numbers.operand_batching_dims,
-                            numbers.start_indices_batching_dims, mode)  # fmt: skip
+    places, valid = _places(
+        cv, index, numbers.start_index_map, sizes, x.shape, aval.shape, numbers.offset_dims,
+        numbers.collapsed_slice_dims, numbers.operand_batching_dims,
+        numbers.start_indices_batching_dims, mode,
+    )  # fmt: skip
     out = cv.graph.emit("GatherND", [table.name, places])
     if valid is not None:
         out = cv.graph.emit("Where", [valid, out, _fill(cv, p, aval.dtype)])
@@ -37,7 +41,7 @@ def _gather(cv: Converter, eqn: Any, xs: list) -> Value:
 
 
 def _fill(cv: Converter, params: dict, dtype: Any) -> str:
-    """What JAX puts where a place is outside: NaN, the lowest signed, the highest unsigned number."""
+    """What JAX puts where a place is outside: NaN, the lowest signed, the highest unsigned."""
     value = params.get("fill_value")
     if value is None:
         if jnp.issubdtype(dtype, jnp.floating):
@@ -91,17 +95,36 @@ def _table(cv: Converter, x: Any, axis: int, index: str, lead: int) -> str:
         if part is None:
             continue
         full = np.asarray(part, np.float32)
-        small = full[tuple(slice(0, 1) if not (full != full.take([0], axis=a)).any() else slice(None) for a in range(full.ndim))]
+        small = full[
+            tuple(
+                slice(0, 1) if not (full != full.take([0], axis=a)).any() else slice(None)
+                for a in range(full.ndim)
+            )
+        ]
         name = cv.graph.constant(small, f"{q.site}.{'scale' if op == 'Mul' else 'zero_point'}")
         if small.shape[axis] > 1:
             name = cv.graph.emit("Gather", [name, index], axis=axis)
         else:
-            name = cv.graph.constant(small.reshape([*small.shape[:axis], *[1] * lead, *small.shape[axis + 1 :]]))
+            name = cv.graph.constant(
+                small.reshape([*small.shape[:axis], *[1] * lead, *small.shape[axis + 1 :]])
+            )
         out = cv.graph.emit(op, [out, name])
     return out if x.dtype == np.float32 else cv.cast(out, x.dtype)
 
 
-def _places(cv, index, index_map, sizes, operand, shape, offset_dims, collapsed, batching, index_batching, mode):
+def _places(
+    cv,
+    index,
+    index_map,
+    sizes,
+    operand,
+    shape,
+    offset_dims,
+    collapsed,
+    batching,
+    index_batching,
+    mode,
+):
     """(int64 [*shape, rank]: the place in the operand of every value, bool or None: inside)."""
     if any(not isinstance(d, int) for d in (*operand, *shape, *index.shape)):
         raise ArtifactError("places are written for fixed sizes only.")
@@ -141,14 +164,19 @@ def _places(cv, index, index_map, sizes, operand, shape, offset_dims, collapsed,
         column = parts[0]
         for part in parts[1:]:
             column = cv.graph.emit("Add", [column, part])
-        columns.append(cv.graph.emit("Unsqueeze", [cv.graph.emit("Expand", [column, cv.sizes(shape)]), cv.graph.ints(rank)]))
+        columns.append(
+            cv.graph.emit(
+                "Unsqueeze",
+                [cv.graph.emit("Expand", [column, cv.sizes(shape)]), cv.graph.ints(rank)],
+            )
+        )
     valid = None if valid is None else cv.graph.emit("Expand", [valid, cv.sizes(shape)])
     return (columns[0] if len(columns) == 1 else cv.graph.emit("Concat", columns, axis=rank)), valid
 
 
-_REDUCTION = {"scatter": "none", "scatter-add": "add", "scatter_add": "add", "scatter-mul": "mul",
-              "scatter_mul": "mul", "scatter-max": "max", "scatter_max": "max", "scatter-min": "min",
-              "scatter_min": "min"}  # fmt: skip
+_REDUCTION = {"scatter": "none"} | {
+    f"scatter{mark}{name}": name for name in ("add", "mul", "max", "min") for mark in "-_"
+}
 
 
 @rule(*_REDUCTION)
@@ -156,7 +184,11 @@ def _scatter(cv: Converter, eqn: Any, xs: list) -> Value:
     """ScatterND; what lies outside changes nothing."""
     (x, index, updates), p, aval = xs, eqn.params, eqn.outvars[0].aval
     numbers, reduction = p["dimension_numbers"], _REDUCTION[eqn.primitive.name]
-    window = [a for a in range(len(x.shape)) if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)]
+    window = [
+        a
+        for a in range(len(x.shape))
+        if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    ]
     sizes = [1] * len(x.shape)
     for a, u in zip(window, numbers.update_window_dims, strict=True):
         sizes[a] = updates.shape[u]

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 import onnx
+from onnx import external_data_helper
 
 from ..._errors import ArtifactError
 from ..._files.whole import new_file
 from ..._quantize.accounting import Row
 from ..._quantize.report import Report
+from .._params import load_params
 from .._signature import Signature
 from .audit import Audit, audit
 from .session import session_of
@@ -37,11 +39,9 @@ class OnnxModel:
       report: every parameter as it is stored.
       target, opset: for what it was written.
       sites: empty: results of sites are not part of the file.
-      reference: None: it holds no example inputs.
     """
 
     sites: tuple[str, ...] = ()
-    reference = None
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
@@ -96,6 +96,12 @@ class OnnxModel:
         return self.session.run(None, {n: x for n, x in fed.items() if n in taken})
 
     @functools.cached_property
+    def reference(self) -> dict[str, Any] | None:
+        """Example inputs and what the function made of them, if they were written beside it."""
+        path = reference_of(self.path)
+        return load_params(path) if path.is_file() else None
+
+    @functools.cached_property
     def session(self) -> Any:
         """A session of onnxruntime in which weights of few bits are multiplied in float32."""
         return session_of(self.path, accuracy_level=1)
@@ -105,7 +111,13 @@ class OnnxModel:
         return audit(self.model, self.path.name)
 
     def __repr__(self) -> str:
-        return f"OnnxModel({str(self.path)!r}, {self.nbytes:,} bytes, opset {self.opset}, {self.target}, {self.inputs} -> {self.outputs})"
+        about = f"{self.nbytes:,} bytes, opset {self.opset}, {self.target}"
+        return f"OnnxModel({str(self.path)!r}, {about}, {self.inputs} -> {self.outputs})"
+
+
+def reference_of(path: pathlib.Path) -> pathlib.Path:
+    """Where `verify` finds example inputs and results of a model."""
+    return path.with_suffix(".reference.safetensors")
 
 
 def _read(path: pathlib.Path) -> onnx.ModelProto:
@@ -119,7 +131,9 @@ def _read(path: pathlib.Path) -> onnx.ModelProto:
 def _beside(model: onnx.ModelProto, path: pathlib.Path) -> list[pathlib.Path]:
     """Files that hold what a model does not."""
     bare = onnx.load(path, load_external_data=False)
-    names = {e.value for t in bare.graph.initializer for e in t.external_data if e.key == "location"}
+    names = {
+        e.value for t in bare.graph.initializer for e in t.external_data if e.key == "location"
+    }
     return [path.parent / name for name in sorted(names)]
 
 
@@ -164,8 +178,10 @@ def save(model: onnx.ModelProto, path: pathlib.Path, external: bool | None = Non
         path.parent.mkdir(parents=True, exist_ok=True)
         split = onnx.ModelProto()
         split.CopyFrom(model)
-        onnx.external_data_helper.convert_model_to_external_data(split, location=beside, size_threshold=1024)
-        onnx.external_data_helper.write_external_data_tensors(split, str(path.parent))
+        external_data_helper.convert_model_to_external_data(
+            split, location=beside, size_threshold=1024
+        )
+        external_data_helper.write_external_data_tensors(split, str(path.parent))
         with new_file(path) as file:
             file.write(split.SerializeToString())
     except (OSError, ArtifactError) as error:

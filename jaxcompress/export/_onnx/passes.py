@@ -121,9 +121,15 @@ def _merge(graph: Graph, view: _View, node: onnx.NodeProto, found: tuple, bias: 
     if np.abs(whole).max(initial=0) >= 2**31:
         return False
     at = graph.nodes.index(node)
-    parts = [graph.constant(whole.astype(np.int32)), graph.constant(scale.copy()), graph.constant(np.zeros(columns, np.int32))]
+    parts = [
+        graph.constant(whole.astype(np.int32)),
+        graph.constant(scale.copy()),
+        graph.constant(np.zeros(columns, np.int32)),
+    ]
     name = graph.fresh("bias")
-    graph.nodes.insert(at, onnx.helper.make_node("DequantizeLinear", parts, [name], name=name, axis=0))
+    graph.nodes.insert(
+        at, onnx.helper.make_node("DequantizeLinear", parts, [name], name=name, axis=0)
+    )
     node.input.append(name)
     if not conv:
         node.op_type = "Gemm"
@@ -135,7 +141,11 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
     view = _View(graph, outputs)
     for quantize in [n for n in graph.nodes if n.op_type == "QuantizeLinear"]:
         chain, name = [], quantize.input[0]
-        while view.alone(name) and (node := view.producer(name)) is not None and node.op_type in _ON_CODES:
+        while (
+            view.alone(name)
+            and (node := view.producer(name)) is not None
+            and node.op_type in _ON_CODES
+        ):
             if node.op_type == "Clip" and any(view.constant(n) is None for n in node.input[1:]):
                 break
             chain.append(node)
@@ -145,7 +155,12 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
         product = node
         if node is not None and node.op_type == "Add" and view.alone(name):
             product = next((view.producer(n) for n in node.input if view.constant(n) is None), None)
-        if not chain or not view.alone(name) or product is None or product.op_type not in ("Conv", "MatMul", "Gemm"):
+        if (
+            not chain
+            or not view.alone(name)
+            or product is None
+            or product.op_type not in ("Conv", "MatMul", "Gemm")
+        ):
             continue
         if view.integers(product) is None:
             continue
@@ -168,7 +183,9 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
         view = _View(graph, outputs)
 
 
-def _ends(graph: Graph, view: _View, step: onnx.NodeProto, scale: np.ndarray, point: np.ndarray) -> list[str] | None:
+def _ends(
+    graph: Graph, view: _View, step: onnx.NodeProto, scale: np.ndarray, point: np.ndarray
+) -> list[str] | None:
     """The ends of a Clip on codes that is what a step is on values; None if it clips nothing."""
     if step.op_type not in ("Relu", "Clip"):
         return None
@@ -208,14 +225,29 @@ def _integer_convs(graph: Graph, outputs: list[str]) -> None:
         new = [
             integer,
             make("Cast", [total], [real], name=real, to=onnx.TensorProto.FLOAT),
-            make("Mul", [real, graph.constant(scale.reshape(shape) if scale.size > 1 else scale.reshape(()))], [scaled], name=scaled),
+            make(
+                "Mul",
+                [
+                    real,
+                    graph.constant(scale.reshape(shape) if scale.size > 1 else scale.reshape(())),
+                ],
+                [scaled],
+                name=scaled,
+            ),
         ]
         if len(conv.input) > 2:
             merged = view.decoded(conv.input[2])
             assert merged is not None
             whole, unit = (view.constant(n) for n in merged.input[:2])
             bias = (whole * unit).astype(np.float32)  # type: ignore[operator]
-            new.append(make("Add", [scaled, graph.constant(bias.reshape(shape))], [conv.output[0]], name=conv.name))
+            new.append(
+                make(
+                    "Add",
+                    [scaled, graph.constant(bias.reshape(shape))],
+                    [conv.output[0]],
+                    name=conv.name,
+                )
+            )
         else:
             new[-1].output[0] = conv.output[0]
         graph.nodes[at : at + 1] = new

@@ -65,7 +65,9 @@ class Quantized:
     def storage(self, opset: int) -> np.dtype | None:
         """The smallest type for the numbers; None if there is none."""
         if not self.integers:
-            return np.dtype(getattr(ml_dtypes, self.dtype)) if hasattr(ml_dtypes, self.dtype) else None
+            return (
+                np.dtype(getattr(ml_dtypes, self.dtype)) if hasattr(ml_dtypes, self.dtype) else None
+            )
         for name, low, high, since in _TYPES:
             if low <= self.low and self.high <= high and opset >= since:
                 return np.dtype(getattr(ml_dtypes, name, name))
@@ -79,7 +81,7 @@ class Packed:
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None
-    attributes: dict[str, int]
+    attributes: dict[str, Any]
 
     def decode(self, graph: Graph, stem: str) -> str:
         """Writes DequantizeLinear; the name of its result."""

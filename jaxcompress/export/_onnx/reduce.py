@@ -14,8 +14,10 @@ from .control import subgraph
 from .convert import Converter, rule
 from .graph import Graph, Value
 
-_REDUCE = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
-           "reduce_prod": "ReduceProd", "reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}  # fmt: skip
+_REDUCE = {
+    "reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
+    "reduce_prod": "ReduceProd", "reduce_and": "ReduceMin", "reduce_or": "ReduceMax",
+}  # fmt: skip
 
 
 @rule(*_REDUCE)
@@ -70,11 +72,22 @@ def _running(cv: Converter, eqn: Any, xs: list) -> Value:
     state, here = body.fresh("state"), body.fresh("slice")
     new = body.emit(_RUNNING[eqn.primitive.name], [state, here])
     kind = cv.dtype(aval.dtype)
-    subgraph = subgraph(inside, "running", [state, here], [new, body.emit("Identity", [new])], [kind] * 4, [rest] * 4)
-    start = {"Mul": 1, "Max": _lowest(aval.dtype), "Min": _highest(aval.dtype)}[_RUNNING[eqn.primitive.name]]
-    first = cv.graph.emit("Expand", [cv.graph.constant(np.asarray(start, aval.dtype)), cv.sizes(rest)])
+    block = subgraph(
+        inside,
+        "running",
+        [state, here],
+        [new, body.emit("Identity", [new])],
+        [kind] * 4,
+        [rest] * 4,
+    )
+    start = {"Mul": 1, "Max": _lowest(aval.dtype), "Min": _highest(aval.dtype)}[
+        _RUNNING[eqn.primitive.name]
+    ]
+    first = cv.graph.emit(
+        "Expand", [cv.graph.constant(np.asarray(start, aval.dtype)), cv.sizes(rest)]
+    )
     names = cv.graph.emit(
-        "Scan", [first, x], outputs=2, body=subgraph, num_scan_inputs=1,
+        "Scan", [first, x], outputs=2, body=block, num_scan_inputs=1,
         scan_input_axes=[axis], scan_output_axes=[axis],
         scan_input_directions=[back], scan_output_directions=[back],
     )  # fmt: skip
@@ -103,7 +116,9 @@ def _sort(cv: Converter, eqn: Any, xs: list) -> list[Value]:
     values, index = cv.graph.emit("TopK", inputs, outputs=2, axis=axis, largest=0, sorted=1)
     out = []
     for i, (x, v) in enumerate(zip(xs, eqn.outvars, strict=True)):
-        name = values if not i else cv.graph.emit("GatherElements", [cv.tensor(x), index], axis=axis)
+        name = (
+            values if not i else cv.graph.emit("GatherElements", [cv.tensor(x), index], axis=axis)
+        )
         name = cv.cast(name, v.aval.dtype) if not i and small else name
         out.append(cv.value(name, v.aval.shape, v.aval.dtype))
     return out
@@ -146,7 +161,10 @@ def _window(cv: Converter, eqn: Any, xs: list) -> Value:
     name = name if wide else cv.cast(name, np.float32)
     lead, tail = [x.shape[a] for a in others], [x.shape[a] for a in windows]
     if len(others) != 2:
-        name = cv.reshaped(name, [1, *([-1] if any(not isinstance(d, int) for d in lead) else [math.prod(lead)]), *tail])
+        name = cv.reshaped(
+            name,
+            [1, *([-1] if any(not isinstance(d, int) for d in lead) else [math.prod(lead)]), *tail],
+        )
     op, kind = eqn.primitive.name, None
     if op == "reduce_window_sum":
         kind = np.float32 if not wide else aval.dtype

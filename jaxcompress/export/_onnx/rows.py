@@ -41,7 +41,20 @@ def stored_rows(model: onnx.ModelProto, packing: Packing, params: Any, inputs: t
         rows.append(dataclasses.replace(row, weight=largest.lower(), bytes_after=size, reason=why))
     rest = sum(len(t.raw_data) for t in _tensors(model)) - taken
     if rest > 0:
-        rows.append(Row("(other constants)", "", (), "", None, 0, rest, None, "sizes, ends, copies of parameters that are read twice", ""))
+        rows.append(
+            Row(
+                "(other constants)",
+                "",
+                (),
+                "",
+                None,
+                0,
+                rest,
+                None,
+                "sizes, ends, copies of parameters that are read twice",
+                "",
+            )
+        )
     return rows
 
 

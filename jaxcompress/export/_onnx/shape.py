@@ -37,8 +37,7 @@ def _one(d: Any) -> bool:
 
 def _ones_moved(cv: Converter, x: Value, shape: tuple) -> Value:
     """x with axes of size 1 taken out and put in: what is broadcast stays so."""
-    if x.moved:
-        x = Value(cv.graph.emit("Transpose", [x.name], perm=x.perm), x.shape, x.dtype, x.held, tuple(range(len(x.shape))))
+    x = cv.in_order(x)
     helds = iter(h for h, d in zip(x.held, x.shape, strict=True) if not _one(d))
     held = tuple(1 if _one(d) else next(helds) for d in shape)
     name = cv.reshaped(x.name, held)
@@ -67,8 +66,7 @@ def _broadcast(cv: Converter, eqn: Any, xs: list) -> Value:
     held = [1] * len(shape)
     for d, n in zip(dims, x.held, strict=True):
         held[d] = n
-    if x.moved:
-        x = Value(cv.graph.emit("Transpose", [x.name], perm=x.perm), x.shape, x.dtype, x.held, tuple(range(len(x.shape))))
+    x = cv.in_order(x)
     name = x.name if tuple(held) == x.held else cv.reshaped(x.name, held)
     return Value(name, shape, x.dtype, tuple(held), tuple(range(len(shape))))
 
@@ -120,8 +118,7 @@ def _split(cv: Converter, eqn: Any, xs: list) -> list[Value]:
     sizes, axis = eqn.params["sizes"], eqn.params["axis"]
     inputs = [cv.tensor(xs[0]), cv.graph.ints(*sizes)]
     names = cv.graph.emit("Split", inputs, outputs=len(sizes), axis=axis)
-    names = [names] if isinstance(names, str) else names
-    return [cv.value(n, v.aval.shape, v.aval.dtype) for n, v in zip(names, eqn.outvars, strict=True)]
+    return cv.results(eqn, names)
 
 
 @rule("pad")

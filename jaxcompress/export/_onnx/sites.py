@@ -45,7 +45,9 @@ def _static(x, scale, zero, *, low, high, **_):
 
 
 for primitive, function in ((decode_p, _decode), (static_p, _static)):
-    primitive.def_impl(jax.jit(function, static_argnames=("low", "high", "integers", "dtype", "site")))
+    primitive.def_impl(
+        jax.jit(function, static_argnames=("low", "high", "integers", "dtype", "site"))
+    )
     primitive.def_abstract_eval(lambda x, scale, zero, **_: x)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
 
@@ -55,7 +57,13 @@ def _about(fmt: Format, site: Site) -> dict[str, Any]:
     integers = whole(element) or isinstance(element, formats.Integer)
     dtype = getattr(element, "dtype", None)
     name = str(jnp.dtype(dtype)) if dtype is not None else ""
-    return {"low": float(element.min), "high": float(element.max), "integers": bool(integers), "dtype": name, "site": site.name}
+    return {
+        "low": float(element.min),
+        "high": float(element.max),
+        "integers": bool(integers),
+        "dtype": name,
+        "site": site.name,
+    }
 
 
 def _zero(zero: Any, scale: jax.Array) -> jax.Array:
@@ -80,9 +88,16 @@ class Exported(StatefulQuantizeAware):
             values.append(self._operand(site, setting, i, x, q, *kept))
         return bind(*values), None
 
-    def _operand(self, site: Site, setting: Any, i: int, x: Any, q: Quantizer | None, learned: Any, kept: Any) -> Any:
+    def _operand(
+        self, site: Site, setting: Any, i: int, x: Any, q: Quantizer | None, learned: Any, kept: Any
+    ) -> Any:
         axis = site.contracting(i)
-        if q is not None and not is_qtensor(x) and not q.special and site.operands[i].role == "weight":
+        if (
+            q is not None
+            and not is_qtensor(x)
+            and not q.special
+            and site.operands[i].role == "weight"
+        ):
             x = q.quantize(x, axis)
         if is_qtensor(x):
             return _of_packed(x, site)

@@ -47,14 +47,17 @@ def model_of(
     packing = Packing(fn)
     program = Program(fn, params, example_inputs)
     if packing.inner is not None:
-        program = Program(exported(packing.inner), packing.pack(params, example_inputs), example_inputs)
+        program = Program(
+            exported(packing.inner), packing.pack(params, example_inputs), example_inputs
+        )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in program.leaves):
         raise ArtifactError("the parameters are shapes only, and ONNX stores their values.")
     names = [path or f"x{i}" for i, path in enumerate(_input_names(program))]
     arrays_of, kept = flat(program.run)
     closed = jax.jit(arrays_of).trace(_avals(program.leaves), list(inputs)).jaxpr
     graph = Graph(opset)
-    symbols, infos, operands = {}, [], [np.asarray(x) for x in program.leaves]
+    symbols: dict[str, tuple[str, int]] = {}
+    infos, operands = [], list[Any](map(np.asarray, program.leaves))
     cv = Converter(graph, symbols, target)
     for name, x in zip(names, inputs, strict=True):
         sizes = [d if isinstance(d, int) else str(d) for d in x.shape]
@@ -71,7 +74,9 @@ def model_of(
     for name, tensor in zip(out_names, tensors, strict=True):
         graph.nodes.append(onnx.helper.make_node("Identity", [tensor], [name], name=name))
     out_infos = [
-        onnx.helper.make_tensor_value_info(n, check_dtype(a.dtype, opset), [d if isinstance(d, int) else str(d) for d in a.shape])
+        onnx.helper.make_tensor_value_info(
+            n, check_dtype(a.dtype, opset), [d if isinstance(d, int) else str(d) for d in a.shape]
+        )
         for n, a in zip(out_names, closed.out_avals, strict=True)
     ]
     name = getattr(fn, "__name__", "function")
@@ -93,5 +98,3 @@ def _input_names(program: Program) -> list[str]:
 
     found = Signature.of(program.inputs_with(_avals(program.inputs))).arrays
     return [f"x{path.replace('/', '.')}" if path else "" for path, _, _ in found]
-
-

@@ -11,6 +11,7 @@ import numpy as np
 from ..._errors import ArtifactError
 from .convert import Converter, rule
 from .graph import Value
+from .shape import padded
 
 
 @rule("gather")
@@ -29,12 +30,12 @@ def _gather(cv: Converter, eqn: Any, xs: list) -> Value:
     if simple:
         return _rows(cv, x, index, numbers, mode, aval)
     table = cv.plain(x)
-    places, valid = _places(
+    columns, valid = _places(
         cv, index, numbers.start_index_map, sizes, x.shape, aval.shape, numbers.offset_dims,
         numbers.collapsed_slice_dims, numbers.operand_batching_dims,
         numbers.start_indices_batching_dims, mode,
     )  # fmt: skip
-    out = cv.graph.emit("GatherND", [table.name, places])
+    out = cv.graph.emit("GatherND", [table.name, _joined(cv, columns)])
     if valid is not None:
         out = cv.graph.emit("Where", [valid, out, _fill(cv, p, aval.dtype)])
     return cv.value(out, aval.shape, aval.dtype)
@@ -164,14 +165,16 @@ def _places(
         column = parts[0]
         for part in parts[1:]:
             column = cv.graph.emit("Add", [column, part])
-        columns.append(
-            cv.graph.emit(
-                "Unsqueeze",
-                [cv.graph.emit("Expand", [column, cv.sizes(shape)]), cv.graph.ints(rank)],
-            )
-        )
+        columns.append(cv.graph.emit("Expand", [column, cv.sizes(shape)]))
     valid = None if valid is None else cv.graph.emit("Expand", [valid, cv.sizes(shape)])
-    return (columns[0] if len(columns) == 1 else cv.graph.emit("Concat", columns, axis=rank)), valid
+    return columns, valid
+
+
+def _joined(cv: Converter, columns: list[str]) -> str:
+    """int64 [*shape, rank] of the columns."""
+    axis = cv.graph.ints(-1)
+    parts = [cv.graph.emit("Unsqueeze", [column, axis]) for column in columns]
+    return parts[0] if len(parts) == 1 else cv.graph.emit("Concat", parts, axis=-1)
 
 
 _REDUCTION = {"scatter": "none"} | {
@@ -192,20 +195,26 @@ def _scatter(cv: Converter, eqn: Any, xs: list) -> Value:
     sizes = [1] * len(x.shape)
     for a, u in zip(window, numbers.update_window_dims, strict=True):
         sizes[a] = updates.shape[u]
-    places, valid = _places(
+    columns, valid = _places(
         cv, index, numbers.scatter_dims_to_operand_dims, sizes, x.shape, updates.shape,
         numbers.update_window_dims, numbers.inserted_window_dims, numbers.operand_batching_dims,
         numbers.scatter_indices_batching_dims, str(p["mode"]),
     )  # fmt: skip
-    table, new = cv.plain(x).name, cv.tensor(updates)
-    if valid is not None:
-        neutral = {"add": 0, "mul": 1}.get(reduction)
-        if neutral is None:
-            old = cv.graph.emit("GatherND", [table, places])
-        else:
-            old = cv.graph.constant(np.asarray(neutral, aval.dtype))
-        new = cv.graph.emit("Where", [valid, new, old])
-    return cv.emit(eqn, "ScatterND", [table, places, new], reduction=reduction)
+    table = cv.plain(x)
+    if valid is None:
+        inputs = [table.name, _joined(cv, columns), cv.tensor(updates)]
+        return cv.emit(eqn, "ScatterND", inputs, reduction=reduction)
+    # What is outside goes to one row more, which is cut off.
+    axis = numbers.scatter_dims_to_operand_dims[0]
+    n = cv.graph.constant(np.int64(x.shape[axis]))
+    columns[axis] = cv.graph.emit("Where", [valid, columns[axis], n])
+    config = [(0, int(a == axis), 0) for a in range(len(x.shape))]
+    shape = tuple(d + (a == axis) for a, d in enumerate(x.shape))
+    wide = padded(cv, table, np.zeros((), x.dtype), config, shape)
+    inputs = [wide.name, _joined(cv, columns), cv.tensor(updates)]
+    out = cv.graph.emit("ScatterND", inputs, reduction=reduction)
+    ends = (cv.graph.ints(i) for i in (0, x.shape[axis], axis))
+    return cv.emit(eqn, "Slice", [out, *ends])
 
 
 def _starts(cv: Converter, starts: list, tops: list) -> str:

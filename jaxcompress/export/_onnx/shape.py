@@ -113,6 +113,13 @@ def _concatenate(cv: Converter, eqn: Any, xs: list) -> Value:
     return cv.emit(eqn, "Concat", [cv.tensor(x) for x in xs], axis=eqn.params["dimension"])
 
 
+@rule("stack")
+def _stack(cv: Converter, eqn: Any, xs: list) -> Value:
+    axis = cv.graph.ints(eqn.params["axis"])
+    parts = [cv.graph.emit("Unsqueeze", [cv.tensor(x), axis]) for x in xs]
+    return cv.emit(eqn, "Concat", parts, axis=eqn.params["axis"])
+
+
 @rule("split")
 def _split(cv: Converter, eqn: Any, xs: list) -> list[Value]:
     sizes, axis = eqn.params["sizes"], eqn.params["axis"]

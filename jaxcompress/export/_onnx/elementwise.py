@@ -22,7 +22,7 @@ _SAME = {
     "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh", "tanh": "Tanh",
     "logistic": "Sigmoid", "erf": "Erf", "floor": "Floor", "ceil": "Ceil", "sign": "Sign",
     "add": "Add", "add_any": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow",
-    "min": "Min", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
+    "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
     "ge": "GreaterOrEqual",
 }  # fmt: skip
 _LOGICAL = {"and": ("And", "BitwiseAnd"), "or": ("Or", "BitwiseOr"), "xor": ("Xor", "BitwiseXor"),
@@ -72,13 +72,21 @@ def _logical(cv: Converter, eqn: Any, xs: list) -> Value:
     return _written(cv, eqn, xs, of_bools if eqn.outvars[0].aval.dtype == bool else of_bits)
 
 
-@rule("max")
-def _max(cv: Converter, eqn: Any, xs: list) -> Value:
-    """Relu where the other operand is 0, which runtimes fuse."""
+@rule("max", "min")
+def _extreme(cv: Converter, eqn: Any, xs: list) -> Value:
+    """Relu or Clip where the other operand is one number, which runtimes fuse."""
+    name = eqn.primitive.name
     for i, x in enumerate(xs):
-        if not isinstance(x, Value) and not np.any(x) and jnp.issubdtype(x.dtype, jnp.floating):
+        end = _scalar(x)
+        if end is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            continue
+        if name == "max" and end == 0:
             return _written(cv, eqn, [xs[1 - i]], "Relu")
-    return _written(cv, eqn, xs, "Max")
+        ends = [_number(cv, x.dtype, end)] if name == "max" else ["", _number(cv, x.dtype, end)]
+        return _written(
+            cv, eqn, [xs[1 - i]], lambda v, ends=ends: cv.graph.emit("Clip", [v, *ends])
+        )
+    return _written(cv, eqn, xs, name.capitalize())
 
 
 @_composed("ne")
@@ -99,6 +107,11 @@ def _rsqrt(cv: Converter, dtype: Any, x: str) -> str:
 @_composed("square")
 def _square(cv: Converter, dtype: Any, x: str) -> str:
     return cv.graph.emit("Mul", [x, x])
+
+
+@_composed("log2")
+def _log2(cv: Converter, dtype: Any, x: str) -> str:
+    return cv.graph.emit("Mul", [cv.graph.emit("Log", [x]), _number(cv, dtype, 1 / math.log(2))])
 
 
 @_composed("exp2")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .quantized import Quantized
 
 # Where dtypes of JAX are those of ONNX, and from which version of the operator set on.
-_SINCE = {
+SINCE = {
     "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4_e2m1fn": 23, "float8_e8m0fnu": 24,
     "float8_e4m3fn": 19, "float8_e5m2": 19, "float8_e4m3fnuz": 19, "float8_e5m2fnuz": 19,
 }  # fmt: skip
@@ -134,7 +134,7 @@ def check_dtype(dtype: Any, opset: int) -> int:
       ArtifactError: there is none, or none in this version of the operator set.
     """
     name = np.dtype(dtype).name
-    since = _SINCE.get(name)
+    since = SINCE.get(name)
     if since is None and name not in _ALWAYS:
         raise ArtifactError(
             f"ONNX has no {name}. Compute in another dtype, or leave the site in float."

@@ -177,7 +177,7 @@ def _joined(cv: Converter, columns: list[str]) -> str:
     return parts[0] if len(parts) == 1 else cv.graph.emit("Concat", parts, axis=-1)
 
 
-_REDUCTION = {"scatter": "none"} | {
+_REDUCTION = {"scatter": "none", "scatter-sub": "add"} | {
     f"scatter{mark}{name}": name for name in ("add", "mul", "max", "min") for mark in "-_"
 }
 
@@ -185,7 +185,7 @@ _REDUCTION = {"scatter": "none"} | {
 @rule(*_REDUCTION)
 def _scatter(cv: Converter, eqn: Any, xs: list) -> Value:
     """ScatterND; what lies outside changes nothing."""
-    (x, index, updates), p, aval = xs, eqn.params, eqn.outvars[0].aval
+    (x, index, updates), p = xs, eqn.params
     numbers, reduction = p["dimension_numbers"], _REDUCTION[eqn.primitive.name]
     window = [
         a
@@ -201,8 +201,11 @@ def _scatter(cv: Converter, eqn: Any, xs: list) -> Value:
         numbers.scatter_indices_batching_dims, str(p["mode"]),
     )  # fmt: skip
     table = cv.plain(x)
+    new = cv.tensor(updates)
+    if eqn.primitive.name == "scatter-sub":
+        new = cv.graph.emit("Neg", [new])
     if valid is None:
-        inputs = [table.name, _joined(cv, columns), cv.tensor(updates)]
+        inputs = [table.name, _joined(cv, columns), new]
         return cv.emit(eqn, "ScatterND", inputs, reduction=reduction)
     # What is outside goes to one row more, which is cut off.
     axis = numbers.scatter_dims_to_operand_dims[0]
@@ -211,7 +214,7 @@ def _scatter(cv: Converter, eqn: Any, xs: list) -> Value:
     config = [(0, int(a == axis), 0) for a in range(len(x.shape))]
     shape = tuple(d + (a == axis) for a, d in enumerate(x.shape))
     wide = padded(cv, table, np.zeros((), x.dtype), config, shape)
-    inputs = [wide.name, _joined(cv, columns), cv.tensor(updates)]
+    inputs = [wide.name, _joined(cv, columns), new]
     out = cv.graph.emit("ScatterND", inputs, reduction=reduction)
     ends = (cv.graph.ints(i) for i in (0, x.shape[axis], axis))
     return cv.emit(eqn, "Slice", [out, *ends])

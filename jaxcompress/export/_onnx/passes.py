@@ -65,6 +65,10 @@ class _View:
     def constant(self, name: str) -> np.ndarray | None:
         return self.graph.root.arrays.get(name)
 
+    def known(self, name: str) -> bool:
+        """Whether an input is a constant, or left out."""
+        return not name or self.constant(name) is not None
+
     def decoded(self, name: str) -> onnx.NodeProto | None:
         return self.producer(name, "DequantizeLinear")
 
@@ -146,7 +150,7 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
             and (node := view.producer(name)) is not None
             and node.op_type in _ON_CODES
         ):
-            if node.op_type == "Clip" and any(view.constant(n) is None for n in node.input[1:]):
+            if node.op_type == "Clip" and not all(map(view.known, node.input[1:])):
                 break
             chain.append(node)
             name = node.input[0]
@@ -196,8 +200,9 @@ def _ends(
     else:
         for i, name in enumerate(step.input[1:3]):
             value = view.constant(name)
-            assert value is not None
-            ends[i] = int(np.clip(np.rint(value / scale) + int(point), info.min, info.max))
+            if value is not None:
+                code = np.rint(value / scale) + int(point)
+                ends[i] = int(np.clip(code, info.min, info.max))
     return [graph.constant(np.asarray(e, point.dtype)) for e in ends]
 
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from .graph import Graph, Value
+from .graph import SINCE, Graph, Value
 
 _TYPES = (  # (dtype, lowest, highest, opset)
     ("int2", -2, 1, 25),
@@ -65,9 +65,7 @@ class Quantized:
     def storage(self, opset: int) -> np.dtype | None:
         """The smallest type for the numbers; None if there is none."""
         if not self.integers:
-            return (
-                np.dtype(getattr(ml_dtypes, self.dtype)) if hasattr(ml_dtypes, self.dtype) else None
-            )
+            return np.dtype(getattr(ml_dtypes, self.dtype)) if self.dtype in SINCE else None
         for name, low, high, since in _TYPES:
             if low <= self.low and self.high <= high and opset >= since:
                 return np.dtype(getattr(ml_dtypes, name, name))

@@ -124,11 +124,14 @@ def _sort(cv: Converter, eqn: Any, xs: list) -> list[Value]:
     return out
 
 
-@rule("top_k")
+@rule("top_k", "approx_top_k")
 def _top_k(cv: Converter, eqn: Any, xs: list) -> list[Value]:
+    """The exact ones, also where JAX would take others for speed."""
     p, x = eqn.params, xs[0]
-    axis = p.get("axis", len(x.shape) - 1)
-    names = cv.graph.emit("TopK", [cv.tensor(x), cv.graph.ints(p["k"])], outputs=2, axis=axis)
+    axis = p.get("reduction_dimension", p.get("axis", len(x.shape) - 1))
+    largest = int(p.get("is_max_k", True))
+    inputs = [cv.tensor(x), cv.graph.ints(p["k"])]
+    names = cv.graph.emit("TopK", inputs, outputs=2, axis=axis, largest=largest)
     avals = [v.aval for v in eqn.outvars]
     index = cv.cast(names[1], avals[1].dtype)
     return [cv.value(n, a.shape, a.dtype) for n, a in zip((names[0], index), avals, strict=True)]
@@ -149,7 +152,7 @@ def _window(cv: Converter, eqn: Any, xs: list) -> Value:
         raise ArtifactError(f"ONNX pools over up to three axes, not {len(windows)}.")
     if any(p["padding"][a] != (0, 0) for a in others):
         raise ArtifactError("it pads an axis over which it does not pool.")
-    spatial = {
+    spatial: dict[str, Any] = {
         "kernel_shape": [sizes[a] for a in windows],
         "strides": [p["window_strides"][a] for a in windows],
         "dilations": [p["window_dilation"][a] for a in windows],

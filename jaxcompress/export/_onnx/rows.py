@@ -28,9 +28,9 @@ def stored_rows(model: onnx.ModelProto, packing: Packing, params: Any, inputs: t
             continue  # ranges and steps have become scales
         site = row.site.removeprefix("weights/")
         mine = found.get(site)
-        if mine is None:
-            rows.append(row)
-            taken += row.bytes_after
+        if mine is None:  # what is computed from it is stored, which may be it, a part, or nothing
+            why = "; ".join(filter(None, (row.reason, "among the constants")))
+            rows.append(dataclasses.replace(row, site=site, bytes_after=0, reason=why))
             continue
         size = sum(len(t.raw_data) for t in mine)
         taken += size
@@ -38,12 +38,16 @@ def stored_rows(model: onnx.ModelProto, packing: Packing, params: Any, inputs: t
         why = row.reason
         if largest in ("FLOAT", "DOUBLE") and not why:
             why = f"ONNX has no {row.weight} with these scales: stored decoded"
-        rows.append(dataclasses.replace(row, weight=largest.lower(), bytes_after=size, reason=why))
+        rows.append(
+            dataclasses.replace(
+                row, site=site, weight=largest.lower(), bytes_after=size, reason=why
+            )
+        )
     rest = sum(len(t.raw_data) for t in _tensors(model)) - taken
     if rest > 0:
         rows.append(
             Row(
-                "(other constants)",
+                "(constants)",
                 "",
                 (),
                 "",

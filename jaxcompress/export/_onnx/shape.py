@@ -120,6 +120,22 @@ def _stack(cv: Converter, eqn: Any, xs: list) -> Value:
     return cv.emit(eqn, "Concat", parts, axis=eqn.params["axis"])
 
 
+@rule("unstack")
+def _unstack(cv: Converter, eqn: Any, xs: list) -> list[Value]:
+    axis, n = eqn.params["axis"], len(eqn.outvars)
+    inputs = [cv.tensor(xs[0]), cv.graph.ints(*[1] * n)]
+    names = cv.graph.emit("Split", inputs, outputs=n, axis=axis)
+    names = [names] if isinstance(names, str) else names
+    return cv.results(eqn, [cv.reshaped(name, v.aval.shape) for name, v in zip(names, eqn.outvars)])
+
+
+@rule("tile")
+def _tile(cv: Converter, eqn: Any, xs: list) -> Value:
+    x, reps = xs[0], eqn.params["reps"]
+    lead = (1,) * (len(reps) - len(x.shape))
+    return cv.emit(eqn, "Tile", [cv.reshaped(cv.tensor(x), (*lead, *x.shape)), cv.sizes(reps)])
+
+
 @rule("split")
 def _split(cv: Converter, eqn: Any, xs: list) -> list[Value]:
     sizes, axis = eqn.params["sizes"], eqn.params["axis"]

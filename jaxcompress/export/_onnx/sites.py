@@ -55,13 +55,11 @@ for primitive, function in ((decode_p, _decode), (static_p, _static)):
 def _about(fmt: Format, site: Site) -> dict[str, Any]:
     element = fmt.element if isinstance(fmt, formats.BlockFormat) else fmt  # type: ignore[attr-defined]
     integers = whole(element) or isinstance(element, formats.Integer)
-    dtype = getattr(element, "dtype", None)
-    name = str(jnp.dtype(dtype)) if dtype is not None else ""
     return {
         "low": float(element.min),
         "high": float(element.max),
         "integers": bool(integers),
-        "dtype": name,
+        "dtype": element.name,
         "site": site.name,
     }
 

@@ -185,6 +185,31 @@ def test_an_exported_program_is_verified(write, folder, capsys, fails):
     np.testing.assert_array_equal(codes, jc.load_params(out)["up"].codes)
 
 
+def test_an_exported_onnx_model_is_measured_and_verified(write, folder, capsys, fails):
+    command = ["compress", write(), "--out", "out", "--quiet", "--export", "onnx"]
+    assert main([*command, "--export", "stablehlo"]) == 0
+    shown = capsys.readouterr().out
+    assert "onnxruntime, batch 1, ms" in shown and "onnxruntime, batch 32, ms" in shown
+    out = folder / "out"
+    assert {p.name for p in out.iterdir()} == {*FILES, "stablehlo", "onnx"}
+    data = json.loads((out / "report.json").read_text())["onnx"]
+    assert data["in_floats"] == {} and data["largest_difference"] < 1e-5
+    assert data["bytes"]["after"] == (out / "onnx" / "model.onnx").stat().st_size
+    assert all(t > 0 for times in data["latency_ms"].values() for t in times.values())
+    assert main(["verify", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("against its reference") == 2
+    model = jc.export.load(out / "onnx" / "model.onnx")
+    x = np.random.default_rng(1).normal(size=(7, 8)).astype("float32")  # another batch
+    program = jc.export.load(out / "stablehlo")
+    np.testing.assert_allclose(model.run(x), program.run(x), rtol=1e-5, atol=1e-5)
+    reference = jax.tree.map(np.array, model.reference)
+    reference["outputs"][0] *= 1.1
+    jc.save_params(reference, out / "onnx" / "model.reference.safetensors")
+    assert main(["verify", "out"]) == 1
+    assert main(command) == 0 and not (out / "stablehlo").exists()
+
+
 def test_verify_of_a_program_that_differs(folder, capsys, monkeypatch, fails):
     params, x = {"up": np.eye(4, dtype="float32")}, np.ones((2, 4), "float32")
     artifact = jc.export.stablehlo(lambda p, x: x @ p["up"], params, x, path="a")

@@ -321,6 +321,29 @@ def test_formats_of_weights(fmt, granularity, opset, tmp_path):
             assert other.nbytes >= before
 
 
+@pytest.mark.parametrize(
+    "fmt", ["float8_e4m3fn", "float6_e2m3fn", "mxfp8_e4m3", "mxfp4", "nvfp4", "float16", "binary"]
+)
+def test_formats_of_both_operands(fmt, tmp_path):
+    """Roundings of small floats, found from the values, in onnx's own evaluator."""
+    p, x = {"w": weights(64, 32)}, RNG.normal(size=(5, 64)).astype(np.float32)
+    q = Quantizer(fmt)
+    fn = jc.quantize_aware(lambda p, x: x @ p["w"], Recipe([Rule("w", q, q)], fmt))
+    newest = onnx.defs.onnx_opset_version()
+    found = jc.export.onnx(fn, p, x, path=tmp_path / "m.onnx", opset=newest, target="portable")
+    assert relative(found.run(x, evaluator="reference"), np.asarray(jax.jit(fn)(p, x))) < 1e-5
+
+
+def test_scales_of_mx_take_a_byte(tmp_path):
+    p, x = {"w": weights(64, 32)}, np.ones((5, 64), np.float32)
+    fn = jc.quantize_aware(lambda p, x: x @ p["w"], Recipe([Rule("w", Quantizer("mxfp4"))], "m"))
+    sizes = {}
+    for opset in (23, 24):
+        found = jc.export.onnx(fn, p, x, path=tmp_path / "m.onnx", opset=opset)
+        sizes[opset] = next(r.bytes_after for r in found.report.rows if r.site == "w")
+    assert sizes == {23: 64 * 32 // 2 + 64 * 4, 24: 64 * 32 // 2 + 64}
+
+
 def test_report_and_bytes(tmp_path):
     fn, params, inputs = compressed("transformer", "w4a16-g32")
     found = jc.export.onnx(fn, params, *inputs, path=tmp_path / "m.onnx")

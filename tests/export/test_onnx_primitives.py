@@ -93,6 +93,7 @@ CASES = {
     "bits": (lambda a, b: (a & b, a | b, a ^ b, ~a), (I, J)),
     "shifts": (lambda a: (a << 3, a >> 2), (U,)),
     "powers": (lambda x: (x**2, x**3, x**5, x**-1, x**-2), (P,)),
+    "signed shifts": (lambda i: (i >> 2, lax.shift_right_arithmetic(i, 1)), (I,)),
     "is finite": (jnp.isfinite, (np.array([1, np.inf, np.nan], np.float32),)),
     "casts": (lambda x: (x.astype(jnp.int32), x.astype(bool), x.astype(jnp.float16)), (X * 3,)),
     "where": (jnp.where, (B, X, Y)),
@@ -273,6 +274,20 @@ def test_onnxruntime_computes_what_jax_computes(name, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_bits_as_other_types(tmp_path):
+    """From opset 26 on, which onnxruntime does not have yet."""
+    fn = lambda _, x: (  # noqa: E731
+        lax.bitcast_convert_type(x, jnp.int32),
+        lax.bitcast_convert_type(x, jnp.int32) << 3,
+        lax.shift_right_logical(lax.bitcast_convert_type(x, jnp.int32), 3),
+    )
+    model = jc.export.onnx(fn, {}, X, path=tmp_path / "m.onnx", opset=26)
+    for a, b in zip(model.run(X, evaluator="reference"), fn({}, X), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(jc.ArtifactError, match="from opset 26 on"):
+        jc.export.onnx(fn, {}, X, path=tmp_path / "m.onnx")
+
+
 def test_negative_padding_cuts(tmp_path):
     """XLA reads past the image there on a CPU, so that the same is written with slices."""
     w = kernel(3, 3, 4, 6)
@@ -303,7 +318,8 @@ def test_every_rule_was_reached(monkeypatch, tmp_path):
         "ragged_dot ragged_dot_general copy copy_p pvary sharding_constraint optimization_barrier "
         "reduce_precision expand_dims add_any iota custom_partitioning shard_map platform_index "
         "scatter_add scatter_mul scatter_min scatter_max scatter-mul scatter-min exp2 square split "
-        "log2 stop_gradient jit custom_vjp_call custom_jvp_call clamp squeeze".split()
+        "bitcast_convert_type log2 stop_gradient jit custom_vjp_call custom_jvp_call clamp "
+        "squeeze".split()
     )
     assert set(jc.export.onnx_primitives()) - reached - elsewhere == set()
     assert onnx.defs.onnx_opset_version() >= 25

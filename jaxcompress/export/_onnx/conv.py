@@ -12,7 +12,7 @@ from .convert import Converter, rule, shrunk
 from .decode import scale_names
 from .dot import thin, unsigned
 from .graph import Value
-from .quantized import Packed, Quantized, pack
+from .quantized import Packed, Quantized
 from .shape import padded
 
 
@@ -75,14 +75,14 @@ def _prepadded(cv: Converter, x: Value, spec: Any, pads: list, dilation: Any) ->
     return padded(cv, cv.plain(x), np.zeros((), x.dtype), config, tuple(shape))
 
 
-def _laid_out(q: Quantized, spec: Any, opset: int) -> Packed | None:
+def _laid_out(cv: Converter, q: Quantized, spec: Any) -> Packed | None:
     shape = tuple(np.shape(q.numbers)[a] for a in spec)
-    return pack(q, tuple(spec), shape, opset)
+    return cv.pack(q, tuple(spec), shape)
 
 
 def _kernel(cv: Converter, w: Any, spec: Any, dtype: np.dtype) -> str:
     q = w.quantized if isinstance(w, Value) else None
-    packed = _laid_out(q, spec, cv.opset) if q is not None and q.constant else None
+    packed = _laid_out(cv, q, spec) if q is not None and q.constant else None
     if packed is not None:
         name = cv.decoded(packed, q.site, False)  # type: ignore[union-attr]
         return name if dtype == np.float32 else cv.cast(name, dtype)
@@ -112,7 +112,7 @@ def _channels(packed: Packed | None) -> Packed | None:
 
 def _stored(cv: Converter, numbers: Any, qx: Quantized, qw: Quantized, spatial: dict) -> str | None:
     """Conv between DequantizeLinear: runtimes see the integers."""
-    packed = _channels(_laid_out(qw, numbers.rhs_spec, cv.opset))
+    packed = _channels(_laid_out(cv, qw, numbers.rhs_spec))
     if qx.stored is None or packed is None:
         return None
     codes = cv.tensor(qx.stored, numbers.lhs_spec)
@@ -124,7 +124,7 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
     """ConvInteger, then the scales of examples and of channels."""
     qx, qw = x.quantized, w.quantized
     assert qx is not None and qw is not None
-    packed = _channels(_laid_out(qw, numbers.rhs_spec, cv.opset))
+    packed = _channels(_laid_out(cv, qw, numbers.rhs_spec))
     scale = qx.scale if isinstance(qx.scale, Value) else shrunk(qx.scale)
     held = scale.held if isinstance(scale, Value) else scale.shape
     if (

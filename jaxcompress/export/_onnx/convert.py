@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from ..._core import _compat
 from ..._errors import ArtifactError
 from .graph import SITE, Graph, Value, check_dtype
-from .quantized import Packed
+from .quantized import Packed, Quantized, pack
 
 Rule = Callable[["Converter", Any, list], Any]
 RULES: dict[str, Rule] = {}
@@ -168,6 +168,11 @@ class Converter:
         from .decode import decoded  # it builds on this module
 
         return decoded(self, x)
+
+    def pack(self, q: Quantized, order: tuple[int, ...], shape: tuple[int, ...]) -> Packed | None:
+        """A known operand as DequantizeLinear takes it; None where ONNX has no such scales."""
+        unread = q.dtype.startswith(("float4", "float6"))  # onnxruntime reads none of it
+        return pack(q, order, shape, self.opset, self.target == "portable" or unread)
 
     def decoded(self, packed: Packed, site: str, kernel: bool) -> str:
         """The name of a decoded weight.

@@ -10,14 +10,14 @@ import numpy as np
 from ..._errors import ArtifactError
 from .convert import Converter, rule, shrunk
 from .graph import Value
-from .quantized import Quantized, pack
+from .quantized import Quantized
 
 
 def _quantized(eqn: Any, numbers: Any, scale: Any, zero: Any) -> Quantized:
     p = eqn.params
     zero = None if not isinstance(zero, Value) and not shrunk(zero).any() else zero
     return Quantized(
-        numbers, scale, zero, p["low"], p["high"], p["integers"], p["dtype"], p["site"]
+        numbers, scale, zero, p["low"], p["high"], p["integers"], p["dtype"], p["powers"], p["site"]
     )
 
 
@@ -88,7 +88,7 @@ def decoded(cv: Converter, x: Value) -> Value:
             lambda n: cv.graph.emit("DequantizeLinear", [n, *names]), [q.stored], x.shape, x.dtype
         )
     if q.constant:
-        packed = pack(q, tuple(range(len(x.shape))), x.shape, cv.opset)
+        packed = cv.pack(q, tuple(range(len(x.shape))), x.shape)
         if packed is not None:
             return cv.value(packed.decode(cv.graph, q.site), x.shape, x.dtype)
         numbers = np.asarray(q.numbers, np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from .convert import Converter, rule, shrunk
 from .decode import scale_names
 from .graph import Value
-from .quantized import Packed, Quantized, pack
+from .quantized import Packed, Quantized
 
 
 class Side(NamedTuple):
@@ -148,7 +148,7 @@ def _packed(cv: Converter, b: Side) -> Packed | None:
         return None
     order = (*b.batch, *b.summed, *b.free)
     shape = (*b.sizes(b.batch), math.prod(b.sizes(b.summed)), math.prod(b.sizes(b.free)))
-    return pack(q, order, shape, cv.opset)
+    return cv.pack(q, order, shape)
 
 
 def _stored(cv: Converter, a: Side, b: Side) -> str | None:

@@ -254,13 +254,45 @@ def _scalar(x: Any) -> Any:
     return x.flat[0]
 
 
-@rule("shift_left", "shift_right_logical")
+@rule("shift_left", "shift_right_logical", "shift_right_arithmetic")
 def _shift(cv: Converter, eqn: Any, xs: list) -> Value:
-    if eqn.outvars[0].aval.dtype.kind != "u":
-        raise ArtifactError("ONNX shifts unsigned integers only.")
-    return _written(
-        cv, eqn, xs, "BitShift", direction="LEFT" if "left" in eqn.primitive.name else "RIGHT"
-    )
+    """ONNX shifts unsigned integers; signed ones are divided, or shifted as unsigned bits."""
+    name, dtype = eqn.primitive.name, np.dtype(eqn.outvars[0].aval.dtype)
+    where = "LEFT" if name == "shift_left" else "RIGHT"
+    if dtype.kind == "u":
+        return _written(cv, eqn, xs, "BitShift", direction=where)
+    if name == "shift_right_arithmetic":
+        if (by := _scalar(xs[1])) is None:
+            raise ArtifactError("ONNX shifts signed integers by known numbers only.")
+        unit = _number(cv, dtype, 2 ** int(by))
+        emit = cv.graph.emit
+
+        def divided(x: str) -> str:
+            return emit("Div", [emit("Sub", [x, emit("Mod", [x, unit])]), unit])
+
+        return _written(cv, eqn, [xs[0]], divided)
+    unsigned = np.dtype(f"u{dtype.name}")
+
+    def shifted(*names: str) -> str:
+        bits = [_bits(cv, n, unsigned) for n in names]
+        return _bits(cv, cv.graph.emit("BitShift", bits, direction=where), dtype)
+
+    return _written(cv, eqn, xs, shifted)
+
+
+@rule("bitcast_convert_type")
+def _bitcast(cv: Converter, eqn: Any, xs: list) -> Value:
+    new = np.dtype(eqn.params["new_dtype"])
+    if new.itemsize != np.dtype(xs[0].dtype).itemsize:
+        raise ArtifactError("ONNX reads bits as another type of the same width only.")
+    return _written(cv, eqn, xs, lambda x: _bits(cv, x, new))
+
+
+def _bits(cv: Converter, name: str, dtype: np.dtype) -> str:
+    """The same bits as another type."""
+    if cv.opset < 26:
+        raise ArtifactError(f"bits are read as {dtype} from opset 26 on. Pass opset=26.")
+    return cv.graph.emit("BitCast", [name], to=cv.dtype(dtype))
 
 
 @rule(*_IDENTITY)

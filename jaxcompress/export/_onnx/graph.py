@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SINCE = {
     "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4_e2m1fn": 23, "float8_e8m0fnu": 24,
     "float8_e4m3fn": 19, "float8_e5m2": 19, "float8_e4m3fnuz": 19, "float8_e5m2fnuz": 19,
+    "float6_e2m3fn": 28, "float6_e3m2fn": 28,
 }  # fmt: skip
 _ALWAYS = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "

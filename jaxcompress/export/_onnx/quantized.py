@@ -40,6 +40,7 @@ class Quantized:
       low, high: the least and the largest number of the format.
       integers: whether numbers are whole.
       dtype: name of the dtype of codes that are no integers.
+      powers: whether scales are powers of two by definition of the format.
       site: name of the site that reads it.
       stored: a value of codes, which QuantizeLinear gave for a known scale of the tensor: numbers
         plus `shift`, uint8 or int8; else None.
@@ -53,6 +54,7 @@ class Quantized:
     high: float
     integers: bool
     dtype: str
+    powers: bool
     site: str
     stored: Value | None = None
     shift: int = 0
@@ -65,7 +67,8 @@ class Quantized:
     def storage(self, opset: int) -> np.dtype | None:
         """The smallest type for the numbers; None if there is none."""
         if not self.integers:
-            return np.dtype(getattr(ml_dtypes, self.dtype)) if self.dtype in SINCE else None
+            known = opset >= SINCE.get(self.dtype, np.inf) or self.dtype == "float4_e2m1fn"
+            return np.dtype(getattr(ml_dtypes, self.dtype)) if known else None
         for name, low, high, since in _TYPES:
             if low <= self.low and self.high <= high and opset >= since:
                 return np.dtype(getattr(ml_dtypes, name, name))
@@ -101,8 +104,12 @@ class Packed:
         return graph.emit("Mul", [out, graph.constant(self.scale.reshape(shape), f"{stem}.scale")])
 
 
-def pack(q: Quantized, order: tuple[int, ...], shape: tuple[int, ...], opset: int) -> Packed | None:
+def pack(
+    q: Quantized, order: tuple[int, ...], shape: tuple[int, ...], opset: int, small: bool = False
+) -> Packed | None:
     """A constant transposed by `order` and reshaped, for DequantizeLinear.
+
+    `small` stores scales that are powers of two in 8 bits, which runtimes do not read yet.
 
     None where ONNX has no such scales: other ones than of the tensor, along one axis, or of
     blocks along one axis.
@@ -128,7 +135,11 @@ def pack(q: Quantized, order: tuple[int, ...], shape: tuple[int, ...], opset: in
         zero = zero.astype(np.float32).astype(dtype)
     if zero is None and q.integers:  # kernels want one
         zero = np.zeros(scale.shape, dtype)
-    return Packed(codes.astype(dtype), scale.astype(np.float32), zero, attributes)
+    scale = scale.astype(np.float32)
+    if small and q.powers and opset >= SINCE["float8_e8m0fnu"] and zero is None:
+        scale = scale.astype(ml_dtypes.float8_e8m0fnu)
+        attributes = {**attributes, "output_dtype": onnx.TensorProto.FLOAT}
+    return Packed(codes.astype(dtype), scale, zero, attributes)
 
 
 def _structure(scale: np.ndarray, opset: int) -> tuple[np.ndarray | None, dict[str, int]]:

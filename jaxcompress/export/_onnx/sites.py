@@ -44,10 +44,9 @@ def _static(x, scale, zero, *, low, high, **_):
     return _decode(jnp.clip(jnp.round(x / scale) + zero, low, high), scale, zero)
 
 
+_SETTINGS = ("low", "high", "integers", "dtype", "powers", "site")
 for primitive, function in ((decode_p, _decode), (static_p, _static)):
-    primitive.def_impl(
-        jax.jit(function, static_argnames=("low", "high", "integers", "dtype", "site"))
-    )
+    primitive.def_impl(jax.jit(function, static_argnames=_SETTINGS))
     primitive.def_abstract_eval(lambda x, scale, zero, **_: x)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
 
@@ -60,6 +59,7 @@ def _about(fmt: Format, site: Site) -> dict[str, Any]:
         "high": float(element.max),
         "integers": bool(integers),
         "dtype": element.name,
+        "powers": isinstance(fmt, formats.MX),
         "site": site.name,
     }
 
@@ -103,9 +103,12 @@ class Exported(StatefulQuantizeAware):
             return x
         if q.range in ("static", "learned"):
             v, _, back = ranges.blocked(q, x, axis)
-            if v.shape == x.shape:
-                _, scale, zero = _grid(q, v, learned, kept)
+            numbers, scale, zero = _grid(q, v, learned, kept)
+            if v.shape == x.shape and isinstance(q.format, formats.Integer):
                 return back(static_p.bind(v, scale, _zero(zero, scale), **_about(q.format, site)))
+            if v.shape == x.shape and whole(q.format):
+                about = _about(q.format, site)
+                return back(decode_p.bind(numbers, scale, _zero(zero, scale), **about))
         if q.special:
             return _rounded(site, i, q, x, learned, kept)[0]
         op = operation_of(site)

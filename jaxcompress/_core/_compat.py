@@ -18,9 +18,11 @@ import jax
 from jax._src import api as _api
 from jax._src import config as _config
 from jax._src import source_info_util as _source
+from jax._src.interpreters import mlir as _mlir
 from jax._src.interpreters import partial_eval as _pe
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
+from jax.extend.core import Primitive
 
 from .._errors import JaxCompressError
 
@@ -92,6 +94,16 @@ def equation_scope(eqn: Any) -> Iterator[None]:
 def source_line(eqn: Any) -> str:
     """`file:line (function)` of the user's code that made the equation."""
     return _source.summarize(eqn.source_info)
+
+
+def new_primitive(name: str, function: Callable, settings: tuple[str, ...]) -> Any:
+    """A primitive that is seen in jaxprs, has the type of its first operand, and computes
+    `function`; settings are static."""
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(function, static_argnames=settings))
+    primitive.def_abstract_eval(lambda x, *_, **__: x)
+    _mlir.register_lowering(primitive, _mlir.lower_fun(function, multiple_results=False))
+    return primitive
 
 
 def function_name(jaxpr: Any) -> str:

@@ -4,9 +4,9 @@
 Each touches the matmuls and convolutions that read a parameter and stores embedding tables in
 int8 per row (also when the table is tied to the head). Norms, biases, products of two
 activations and parameters that no site reads stay in float and are listed in the report.
-`w8a8-static` has one calibrated range per activation; `lsq-w4a4` learns one step size per weight
-and activation (LSQ keeps the first and the last layer in 8 bits: that is left to rules). Both
-keep state: `jc.quant_params` or `jc.quantize_aware_with_state`.
+`w8a8-static` and `fpga-w6a6-static` have one calibrated range per activation; `lsq-w4a4` learns
+one step size per weight and activation (LSQ keeps the first and the last layer in 8 bits: that is
+left to rules). They keep state: `jc.quant_params` or `jc.quantize_aware_with_state`.
 Where a group does not fit, the scale is per channel instead, and the report says so.
 """
 
@@ -37,6 +37,7 @@ _INT8_STATIC = Quantizer("int8", "tensor", range="static")
 _LSQ4 = Quantizer("int4", "tensor", range="learned")
 _FP8, _FP8_TOKEN = (Quantizer("float8_e4m3fn", g) for g in ("channel", "token"))
 _FPGA = Quantizer("int6", "tensor", power_of_two="ceil")  # a shift, and no zero point
+_FPGA_STATIC = Quantizer("int6", "tensor", range="static", power_of_two="ceil")
 
 RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
     {
@@ -58,6 +59,7 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
             _named("binary", Quantizer("binary", "channel")),  # binary weights of XNOR-Net
             _named("fpga-w6a6", _FPGA, _FPGA),
             _named("w8a8-static", _INT8, _INT8_STATIC),
+            _named("fpga-w6a6-static", _FPGA, _FPGA_STATIC),
             _named("lsq-w4a4", _LSQ4, _LSQ4),
         )
     }

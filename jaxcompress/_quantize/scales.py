@@ -125,17 +125,17 @@ def _of(q: Quantizer, low: jax.Array | None, high: jax.Array, g: Any) -> Scales:
     """Returns the scales of a range: of (-high, high) if low is None."""
     fmt = q.format
     if low is not None:
-        scale = _rounded(safe_scale(lax.sub(high, low), fmt.max - fmt.min), q.power_of_two)
+        scale = to_power_of_two(safe_scale(lax.sub(high, low), fmt.max - fmt.min), q.power_of_two)
         zero = fmt.round(lax.sub(lax.full_like(low, fmt.min), lax.div(low, scale)))
         return Scales(scale, zero)
     if q.convention == "signed":
-        return Scales(_rounded(safe_scale(high, fmt.min, signed=True), q.power_of_two))
+        return Scales(to_power_of_two(safe_scale(high, fmt.min, signed=True), q.power_of_two))
     if q.convention == "half" or q.power_of_two:
-        return Scales(_rounded(safe_scale(high, q.top), q.power_of_two))
+        return Scales(to_power_of_two(safe_scale(high, q.top), q.power_of_two))
     return Scales(fmt.find_scale(high, g), None, g)
 
 
-def _rounded(scale: jax.Array, rule: str | None) -> jax.Array:
+def to_power_of_two(scale: jax.Array, rule: str | None) -> jax.Array:
     """Returns the scale, or the power of two that the rule makes of it (same sign)."""
     if rule is None:
         return scale

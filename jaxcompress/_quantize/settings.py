@@ -110,6 +110,8 @@ def _special(q: Quantizer, fmt: Format) -> dict[str, Any]:
     """Settings of a range that is stored or learned."""
     _check_choices(q)
     for name, default in _FOUND_ONLY.items():
+        if name == "power_of_two" and q.range in ("static", "ema"):
+            continue
         if getattr(q, name) != default:
             raise RecipeError(
                 f"{name}={getattr(q, name)!r} is for ranges that are found in each call: "

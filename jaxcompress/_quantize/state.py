@@ -6,7 +6,8 @@
     v^       s (clip(round(v / s) + z) - z) with s = (high - low) / (qmax - qmin)
     dv^/dv = 1 for low <= v <= high (inclusive), 0 outside
 
-Symmetric ranges have low = -high, s = high / qmax and z = 0. Jacob et al. 2018, section 3.1.
+Symmetric ranges have low = -high, s = high / qmax, perhaps rounded to a power of two, and z = 0.
+Jacob et al. 2018, section 3.1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax import lax
 
 from . import layout
 from .quantizer import Quantizer
+from .scales import to_power_of_two
 
 Range = dict[str, jax.Array]  # "low", "high": float32 of `scale_shape`; "count": float32 scalar
 
@@ -111,7 +113,7 @@ def codes_in_range(
     """(codes, scale, zero point or None), all float32, of `in_range`."""
     fmt = quantizer.format
     scale = high / fmt.max if quantizer.symmetric else (high - low) / (fmt.max - fmt.min)
-    scale = jnp.where(scale < _SMALLEST, 1.0, scale)
+    scale = to_power_of_two(jnp.where(scale < _SMALLEST, 1.0, scale), quantizer.power_of_two)
     if quantizer.symmetric:
         return fmt.round(v / scale), scale, None
     zero = fmt.round(fmt.min - low / scale)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -212,10 +213,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     path = pathlib.Path(path)
     if path.suffix == ".onnx":
-        need_onnx()
-        from ._onnx.model import OnnxModel  # an extra
+        need("onnx", "onnx")
+        from ._onnx.model import read  # an extra
 
-        return OnnxModel(path)
+        return read(path)
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}.")
     what = member(path, MANIFEST)
@@ -237,12 +238,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     return artifact
 
 
-def need_onnx() -> None:
-    """Raises: onnx, which is an extra, is not installed."""
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ArtifactError("ONNX models need onnx: pip install 'jaxcompress[onnx]'.") from error
+def need(package: str, extra: str) -> None:
+    """Raises ArtifactError: an optional package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ArtifactError(
+            f"{package} is needed, which is not installed: pip install 'jaxcompress[{extra}]'."
+        )
 
 
 def check_replaceable(path: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._errors import ArtifactError
-from ._artifact import need_onnx
+from ._artifact import need
 from ._params import save_params
 from ._program import Program
 from ._signature import Signature
@@ -74,7 +74,7 @@ def onnx(
 
     References: https://onnx.ai/onnx/operators, Jacob et al. 2018 (integer products).
     """
-    need_onnx()
+    need("onnx", "onnx")
     from ._onnx import model as files
     from ._onnx.audit import audit
     from ._onnx.rows import stored_rows
@@ -118,7 +118,7 @@ def onnx_primitives() -> tuple[str, ...]:
     >>> "dot_general" in onnx_primitives()
     True
     """
-    need_onnx()
+    need("onnx", "onnx")
     from ._onnx.write import primitives
 
     return primitives()

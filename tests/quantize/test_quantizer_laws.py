@@ -272,7 +272,9 @@ def test_bad_settings():
         Quantizer("nf4", convention="half")
     with pytest.raises(FormatError, match="needs a signed format"):
         Quantizer("uint4", convention="signed", range="absmax")
-    found_only = {"rounding": "floor", "convention": "half", "power_of_two": "ceil"}
+    with pytest.raises(RecipeError, match="power_of_two=.*range='learned' does not look at it"):
+        Quantizer("int8", range="learned", power_of_two="ceil")
+    found_only = {"rounding": "floor", "convention": "half"}
     for name, value in (found_only | {"range_value": 2.0}).items():
         for rng in ("static", "learned"):
             with pytest.raises(RecipeError, match=f"{name}=.*range='{rng}' does not look at it"):
@@ -291,6 +293,7 @@ def test_settings_round_trip():
         Quantizer("int8_full", convention="half", rounding="stochastic"),
         Quantizer("int4_full", "group:32", convention="signed"),
         Quantizer("int6", "tensor", power_of_two="ceil"),
+        Quantizer("int6", "tensor", range="static", power_of_two="round"),
         Quantizer("uint8", range="percentile", range_value=99.0, symmetric=False),
         Quantizer("uint8", range="mse", symmetric=True),
         Quantizer(formats.codebook_from_data(normal(), 3)),

@@ -19,7 +19,7 @@ import onnx
 
 from ..._core.tabular import Tabular
 from .graph import SITE
-from .session import session_of
+from .session import session_of, version
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger", "Gather")
 INTEGER = frozenset(
@@ -79,8 +79,6 @@ class Audit(Tabular):
 
 def audit(model: onnx.ModelProto, name: str) -> Audit:
     """Loads a model as onnxruntime optimizes it, and looks at what became of every site."""
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "optimized.onnx"
         session_of(model, optimized=out)
@@ -101,7 +99,7 @@ def audit(model: onnx.ModelProto, name: str) -> Audit:
         why = "; ".join(dict.fromkeys(filter(None, reasons)))
         kinds = _counted([n.op_type for n in found]) or "other operations"
         rows.append(Kernel(site, _counted([n.op_type for n in nodes]), kinds, why))
-    return Audit(name, onnxruntime.__version__, tuple(rows))
+    return Audit(name, version(), tuple(rows))
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..._errors import ArtifactError
+from . import fpga
 from .convert import Converter, rule, shrunk
 from .decode import scale_names
 from .dot import thin, unsigned
@@ -44,7 +45,14 @@ def _product(cv: Converter, numbers: Any, x: Any, w: Any, spatial: dict, dtype: 
     """The name of the convolution, channels first."""
     qx, qw = (v.quantized if isinstance(v, Value) else None for v in (x, w))
     out = None
-    if qx is not None and qw is not None and qx.integers and qw.integers and qw.constant:
+    if (
+        cv.target != "qonnx"
+        and qx is not None
+        and qw is not None
+        and qx.integers
+        and qw.integers
+        and qw.constant
+    ):
         out = _stored(cv, numbers, qx, qw, spatial) or _dynamic(cv, numbers, x, w, spatial)
         out = out if out is None or dtype == np.float32 else cv.cast(out, dtype)
     if (
@@ -82,6 +90,8 @@ def _laid_out(cv: Converter, q: Quantized, spec: Any) -> Packed | None:
 
 def _kernel(cv: Converter, w: Any, spec: Any, dtype: np.dtype) -> str:
     q = w.quantized if isinstance(w, Value) else None
+    if cv.target == "qonnx" and q is not None and q.constant:
+        return fpga.weight(cv, q, tuple(spec), tuple(w.shape[a] for a in spec))
     packed = _laid_out(cv, q, spec) if q is not None and q.constant else None
     if packed is not None:
         name = cv.decoded(packed, q.site, False)  # type: ignore[union-attr]

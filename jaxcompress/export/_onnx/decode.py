@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..._errors import ArtifactError
+from . import fpga
 from .convert import Converter, rule, shrunk
 from .graph import Value
 from .quantized import Quantized
@@ -29,7 +30,8 @@ def _hidden(eqn: Any, q: Quantized) -> Value:
 
 
 def _decode(cv: Converter, eqn: Any, xs: list) -> Value:
-    return _hidden(eqn, _quantized(eqn, *xs))
+    q = _quantized(eqn, *xs)
+    return _hidden(eqn, q)
 
 
 rule("jc_decode")(_decode)
@@ -41,9 +43,21 @@ def _static(cv: Converter, eqn: Any, xs: list) -> Value:
     """QuantizeLinear to uint8 (int8 for TensorRT), and what the format leaves out clipped."""
     x, scale, zero = xs
     q = _quantized(eqn, None, scale, zero)
+    if cv.target == "qonnx":
+        return fpga.activation(cv, q, x, eqn.outvars[0].aval.shape)
     one = [None if isinstance(v, Value) else shrunk(v) for v in (scale, zero)]
     if any(v is None or v.size != 1 for v in one) or not q.integers:
         raise ArtifactError("a stored range of an activation has to be one of the whole tensor.")
+    if q.dtype == "binary":
+
+        def sign(name: str) -> str:
+            ends = (cv.graph.constant(np.float32(v)) for v in (0, 1, -1))
+            zero, up, down = ends
+            inside = cv.graph.emit("GreaterOrEqual", [name, zero])
+            return cv.graph.emit("Where", [inside, up, down])
+
+        q.numbers = cv.elementwise(sign, [x], eqn.outvars[0].aval.shape, np.float32)
+        return _hidden(eqn, q)
     s, z = (np.asarray(v.reshape(())) for v in one)  # type: ignore[union-attr]
     signed = cv.target == "tensorrt"
     if signed and z != 0:
@@ -87,6 +101,9 @@ def decoded(cv: Converter, x: Value) -> Value:
         return cv.elementwise(
             lambda n: cv.graph.emit("DequantizeLinear", [n, *names]), [q.stored], x.shape, x.dtype
         )
+    if cv.target == "qonnx":
+        order = tuple(range(len(x.shape)))
+        return cv.value(fpga.weight(cv, q, order, x.shape), x.shape, x.dtype)
     if q.constant:
         packed = cv.pack(q, tuple(range(len(x.shape))), x.shape)
         if packed is not None:

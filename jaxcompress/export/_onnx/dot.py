@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import fpga
 from .convert import Converter, rule, shrunk
 from .decode import scale_names
 from .graph import Value
@@ -81,7 +82,14 @@ def product(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str:
     shape = [*a.sizes(a.batch), *a.sizes(a.free), *b.sizes(b.free)]
     qa, qb = a.quantized, b.quantized
     found = None
-    if qa is not None and qb is not None and qa.integers and qb.integers and dtype.kind == "f":
+    if (
+        cv.target != "qonnx"
+        and qa is not None
+        and qb is not None
+        and qa.integers
+        and qb.integers
+        and dtype.kind == "f"
+    ):
         found = _stored(cv, a, b) or _dynamic(cv, a, b, dtype)
     if found is None and not _floating(a.x) and dtype.kind == "i":
         found = _whole(cv, a, b, dtype)
@@ -128,6 +136,8 @@ def _right(cv: Converter, b: Side, dtype: np.dtype) -> str:
     """The tensor [*batch, sum, columns] of the right operand; a weight is decoded."""
     order = (*b.batch, *b.summed, *b.free)
     shape = (*b.sizes(b.batch), math.prod(b.sizes(b.summed)), math.prod(b.sizes(b.free)))
+    if cv.target == "qonnx" and b.quantized is not None and b.quantized.constant:
+        return fpga.weight(cv, b.quantized, order, shape)
     packed = _packed(cv, b)
     if packed is not None:
         kernel = packed.attributes.get("axis") == (0 if "block_size" in packed.attributes else 1)

@@ -65,13 +65,13 @@ class OnnxModel:
         """Bytes of the file, and of the one beside it."""
         return sum(p.stat().st_size for p in (self.path, *_beside(self.model, self.path)))
 
-    def run(self, *inputs: Any, evaluator: str = "onnxruntime") -> Any:
+    def run(self, *inputs: Any, evaluator: str | None = None) -> Any:
         """Runs the model on this machine.
 
         Args:
           inputs: as the example inputs of the export were.
-          evaluator: "onnxruntime", or "reference" for onnx's own, which is slow and has every
-            format.
+          evaluator: "onnxruntime" by default, or "reference" for onnx's own, which is slow and has
+            every format.
 
         Returns:
           What the function returned; nodes other than dict, list and tuple are dicts by key.
@@ -81,7 +81,7 @@ class OnnxModel:
         """
         return self.outputs.rebuild(self.run_arrays(*inputs, evaluator=evaluator))
 
-    def run_arrays(self, *inputs: Any, evaluator: str = "onnxruntime") -> list[np.ndarray]:
+    def run_arrays(self, *inputs: Any, evaluator: str | None = None) -> list[np.ndarray]:
         """The arrays of what `run` returns."""
         arrays = [np.asarray(x) for x in self.inputs.flatten(inputs)]
         names = [i.name for i in self.model.graph.input]
@@ -90,7 +90,7 @@ class OnnxModel:
             from onnx.reference import ReferenceEvaluator
 
             return list(ReferenceEvaluator(self.model).run(None, fed))  # type: ignore[arg-type]
-        if evaluator != "onnxruntime":
+        if evaluator not in (None, "onnxruntime"):
             raise ArtifactError(f'evaluator={evaluator!r}: expected "onnxruntime" or "reference".')
         taken = {i.name for i in self.session.get_inputs()}
         return self.session.run(None, {n: x for n, x in fed.items() if n in taken})
@@ -113,6 +113,16 @@ class OnnxModel:
     def __repr__(self) -> str:
         about = f"{self.nbytes:,} bytes, opset {self.opset}, {self.target}"
         return f"OnnxModel({str(self.path)!r}, {about}, {self.inputs} -> {self.outputs})"
+
+
+def read(path: str | os.PathLike) -> OnnxModel:
+    """The model of a file, for whatever runs it."""
+    found = OnnxModel(path)
+    if found.target != "qonnx":
+        return found
+    from .hardware import QonnxModel  # it builds on this module
+
+    return QonnxModel(path)
 
 
 def reference_of(path: pathlib.Path) -> pathlib.Path:

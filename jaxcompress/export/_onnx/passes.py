@@ -26,6 +26,8 @@ _ON_CODES = ("Relu", "Clip", "MaxPool", "Transpose", "Reshape")
 def finish(graph: Graph, outputs: list[str], target: str) -> None:
     """All passes, and dead nodes are dropped."""
     prune(graph, outputs)
+    if target == "qonnx":
+        return
     if target == "onnxruntime":
         _quantize_early(graph, outputs)
     if target != "tensorrt":
@@ -46,7 +48,7 @@ def prune(graph: Graph, outputs: list[str]) -> None:
     graph.nodes[:] = reversed(kept)
 
 
-class _View:
+class View:
     """Producers and numbers of readers of the tensors of a graph."""
 
     def __init__(self, graph: Graph, outputs: list[str]):
@@ -83,7 +85,7 @@ class _View:
 
 def _bias(graph: Graph, outputs: list[str]) -> None:
     """An addition of a constant after a product goes into it, in int32."""
-    view = _View(graph, outputs)
+    view = View(graph, outputs)
     for add in [n for n in graph.nodes if n.op_type == "Add"]:
         for i in (0, 1):
             bias, name = view.constant(add.input[1 - i]), add.input[i]
@@ -103,11 +105,11 @@ def _bias(graph: Graph, outputs: list[str]) -> None:
             last = reshape if reshape is not None else node
             last.output[0] = add.output[0]
             graph.nodes.remove(add)
-            view = _View(graph, outputs)
+            view = View(graph, outputs)
             break
 
 
-def _merge(graph: Graph, view: _View, node: onnx.NodeProto, found: tuple, bias: np.ndarray) -> bool:
+def _merge(graph: Graph, view: View, node: onnx.NodeProto, found: tuple, bias: np.ndarray) -> bool:
     x, w = found
     codes, sx, sw = (view.constant(n) for n in (w.input[0], x.input[1], w.input[1]))
     assert codes is not None and sx is not None and sw is not None
@@ -142,7 +144,7 @@ def _merge(graph: Graph, view: _View, node: onnx.NodeProto, found: tuple, bias: 
 
 def _quantize_early(graph: Graph, outputs: list[str]) -> None:
     """A quantizer moves up to the product, past operations that can be done on codes."""
-    view = _View(graph, outputs)
+    view = View(graph, outputs)
     for quantize in [n for n in graph.nodes if n.op_type == "QuantizeLinear"]:
         chain, name = [], quantize.input[0]
         while (
@@ -184,11 +186,11 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
         quantize.input[0], quantize.output[0] = name, moved
         first.input[0] = moved
         chain[0].output[0] = code
-        view = _View(graph, outputs)
+        view = View(graph, outputs)
 
 
 def _ends(
-    graph: Graph, view: _View, step: onnx.NodeProto, scale: np.ndarray, point: np.ndarray
+    graph: Graph, view: View, step: onnx.NodeProto, scale: np.ndarray, point: np.ndarray
 ) -> list[str] | None:
     """The ends of a Clip on codes that is what a step is on values; None if it clips nothing."""
     if step.op_type not in ("Relu", "Clip"):
@@ -208,7 +210,7 @@ def _ends(
 
 def _integer_convs(graph: Graph, outputs: list[str]) -> None:
     """A convolution whose result is not quantized, which no kernel takes, as ConvInteger."""
-    view = _View(graph, outputs)
+    view = View(graph, outputs)
     for conv in [n for n in graph.nodes if n.op_type == "Conv"]:
         found = view.integers(conv)
         next_ones = [n for n in graph.nodes if conv.output[0] in n.input]
@@ -256,12 +258,12 @@ def _integer_convs(graph: Graph, outputs: list[str]) -> None:
         else:
             new[-1].output[0] = conv.output[0]
         graph.nodes[at : at + 1] = new
-        view = _View(graph, outputs)
+        view = View(graph, outputs)
 
 
 def _keep_small_weights(graph: Graph, outputs: list[str]) -> None:
     """onnxruntime merges an addition before it sees that the weight is small; a subtraction not."""
-    view = _View(graph, outputs)
+    view = View(graph, outputs)
     for add in [n for n in graph.nodes if n.op_type == "Add"]:
         for i in (0, 1):
             bias, node = view.constant(add.input[1 - i]), view.producer(add.input[i], "MatMul")

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from ..._errors import ArtifactError
+from .._artifact import need
 
 
 def session_of(
@@ -31,12 +32,9 @@ def session_of(
     Raises:
       ArtifactError: onnxruntime is not installed, or refuses the model.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise ArtifactError(
-            "running an ONNX model needs onnxruntime: pip install 'jaxcompress[onnx]'."
-        ) from error
+    need("onnxruntime", "onnx")
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, threads
     if accuracy_level is not None:
@@ -52,3 +50,10 @@ def session_of(
             f"onnxruntime {ort.__version__} refuses the model: {error}. onnx's own reference "
             'evaluator runs it with run(..., evaluator="reference").'
         ) from error
+
+
+def version() -> str:
+    """Of onnxruntime."""
+    import onnxruntime as ort
+
+    return ort.__version__

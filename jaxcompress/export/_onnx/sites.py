@@ -6,6 +6,8 @@ in that the exporter sees numbers, scales and zero points apart.
 
     jc_decode(numbers, scale, zero) = (numbers - zero) * scale
     jc_static(x, scale, zero) = jc_decode(clip(round(x / scale) + zero, low, high), scale, zero)
+
+and of binary numbers, scale where x >= 0, else -scale.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from ... import formats
+from ..._core import _compat
 from ..._core.qtensor import QTensor, is_qtensor
 from ..._core.sites import Site
 from ..._core.transform import Transformed, transformed_function
@@ -32,23 +33,20 @@ from ..._quantize.quantizer import Quantizer
 from ..._quantize.stateful import StatefulQuantizeAware, _grid, _rounded, slots
 from ...formats import Format
 
-decode_p = Primitive("jc_decode")
-static_p = Primitive("jc_static")
-
 
 def _decode(numbers, scale, zero, **_):
     return (numbers - zero) * scale
 
 
-def _static(x, scale, zero, *, low, high, **_):
+def _static(x, scale, zero, *, low, high, dtype, **_):
+    if dtype == "binary":
+        return jnp.where(x >= 0, scale, -scale)
     return _decode(jnp.clip(jnp.round(x / scale) + zero, low, high), scale, zero)
 
 
 _SETTINGS = ("low", "high", "integers", "dtype", "powers", "site")
-for primitive, function in ((decode_p, _decode), (static_p, _static)):
-    primitive.def_impl(jax.jit(function, static_argnames=_SETTINGS))
-    primitive.def_abstract_eval(lambda x, scale, zero, **_: x)
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+decode_p = _compat.new_primitive("jc_decode", _decode, _SETTINGS)
+static_p = _compat.new_primitive("jc_static", _static, _SETTINGS)
 
 
 def _about(fmt: Format, site: Site) -> dict[str, Any]:
@@ -103,12 +101,13 @@ class Exported(StatefulQuantizeAware):
             return x
         if q.range in ("static", "learned"):
             v, _, back = ranges.blocked(q, x, axis)
-            numbers, scale, zero = _grid(q, v, learned, kept)
-            if v.shape == x.shape and isinstance(q.format, formats.Integer):
-                return back(static_p.bind(v, scale, _zero(zero, scale), **_about(q.format, site)))
+            _, scale, zero = _grid(q, v, learned, kept)
             if v.shape == x.shape and whole(q.format):
-                about = _about(q.format, site)
-                return back(decode_p.bind(numbers, scale, _zero(zero, scale), **about))
+                return back(static_p.bind(v, scale, _zero(zero, scale), **_about(q.format, site)))
+        if q.range == "fixed" and whole(q.format):
+            scale, zero = q.scales(x, axis)
+            args = x.astype(jnp.float32), scale, _zero(zero, scale)
+            return static_p.bind(*args, **_about(q.format, site)).astype(x.dtype)
         if q.special:
             return _rounded(site, i, q, x, learned, kept)[0]
         op = operation_of(site)

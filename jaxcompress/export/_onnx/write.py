@@ -13,14 +13,14 @@ import onnx
 from ..._errors import ArtifactError
 from .._packing import Packing
 from .._program import Program, flat
-from . import control, conv, decode, dot, elementwise, index, reduce, shape  # noqa: F401  (rules)
+from . import control, conv, decode, dot, elementwise, fpga, index, reduce, shape  # noqa: F401  (rules)
 from .convert import RULES, Converter
-from .graph import Graph, check_dtype
+from .graph import Graph, check_dtype, names_read
 from .passes import finish
 from .sites import exported
 
 TARGETS = ("onnxruntime", "tensorrt", "portable")
-LOWEST, DOMAIN = 18, ""
+LOWEST = 18
 
 
 def primitives() -> tuple[str, ...]:
@@ -29,7 +29,13 @@ def primitives() -> tuple[str, ...]:
 
 
 def model_of(
-    fn: Any, params: Any, example_inputs: tuple, inputs: Sequence, opset: int, target: str
+    fn: Any,
+    params: Any,
+    example_inputs: tuple,
+    inputs: Sequence,
+    opset: int,
+    target: str,
+    bias_digits: int | None = None,
 ) -> tuple[onnx.ModelProto, Packing, Any]:
     """(the model, how parameters are packed, shapes of what it returns).
 
@@ -39,12 +45,14 @@ def model_of(
     Raises:
       ArtifactError: an operation, a dtype or a size that ONNX does not have.
     """
-    if target not in TARGETS:
+    if target not in (*TARGETS, "qonnx"):
         raise ArtifactError(f"target={target!r}: expected one of {', '.join(TARGETS)}.")
     newest = onnx.defs.onnx_opset_version()
-    if not LOWEST <= opset <= newest:
+    if target != "qonnx" and not LOWEST <= opset <= newest:
         raise ArtifactError(f"opset={opset}: expected {LOWEST} to {newest}.")
     packing = Packing(fn)
+    if target == "qonnx" and packing.recipe is not None:
+        fpga.check_recipe(packing.recipe)
     program = Program(fn, params, example_inputs)
     if packing.inner is not None:
         program = Program(
@@ -71,8 +79,11 @@ def model_of(
     out_names = [f"y{i}" if len(outs) > 1 else "y" for i in range(len(outs))]
     tensors = [cv.tensor(x) for x in outs]
     finish(graph, tensors, target)
+    if target == "qonnx":
+        fpga.biases(graph, tensors, bias_digits)
+        fpga.check_operations([node.op_type for node in graph.nodes])
     for name, tensor in zip(out_names, tensors, strict=True):
-        graph.nodes.append(onnx.helper.make_node("Identity", [tensor], [name], name=name))
+        _call_it(graph, tensor, name, tensors.count(tensor) == 1)
     out_infos = [
         onnx.helper.make_tensor_value_info(
             n, check_dtype(a.dtype, opset), [d if isinstance(d, int) else str(d) for d in a.shape]
@@ -81,12 +92,24 @@ def model_of(
     ]
     name = getattr(fn, "__name__", "function")
     proto = onnx.helper.make_graph(graph.nodes, name, infos, out_infos, graph.stored())
+    imports = [onnx.helper.make_opsetid("", opset)]
+    version = onnx.helper.find_min_ir_version_for(imports, True)
+    if target == "qonnx":
+        imports.append(onnx.helper.make_opsetid(fpga.DOMAIN, fpga.DOMAIN_VERSION))
+        version = 8
     model = onnx.helper.make_model(
-        proto, opset_imports=[onnx.helper.make_opsetid("", opset)],
-        ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)], True),
-        producer_name="jaxcompress",
-    )  # fmt: skip
+        proto, opset_imports=imports, ir_version=version, producer_name="jaxcompress"
+    )
     return model, packing, results
+
+
+def _call_it(graph: Graph, tensor: str, name: str, once: bool) -> None:
+    """Gives a result its name: that of the node that makes it, if nothing else reads it."""
+    makers = [node for node in graph.nodes if tensor in node.output]
+    if makers and once and not any(tensor in names_read(node) for node in graph.nodes):
+        makers[0].output[list(makers[0].output).index(tensor)] = name
+    else:
+        graph.nodes.append(onnx.helper.make_node("Identity", [tensor], [name], name=name))
 
 
 def _avals(arrays: Sequence) -> list[jax.ShapeDtypeStruct]:

@@ -68,7 +68,7 @@ def apply(params, x):
         window = (1, 1, 2, 2)
         x = jax.lax.reduce_window(jax.nn.relu(x), -jnp.inf, jax.lax.max, window, window, "VALID")
     w, b = params["fc_layers.0.weight"], params["fc_layers.0.bias"]
-    x = jax.nn.relu(x.reshape(len(x), -1) @ w.T + b[None])
+    x = jax.nn.relu(x.reshape(x.shape[0], -1) @ w.T + b[None])
     return x @ params["fc_layers.2.weight"].T + params["fc_layers.2.bias"][None]
 
 

@@ -11,7 +11,7 @@ from ..._errors import ArtifactError
 from . import fpga
 from .convert import Converter, rule, shrunk
 from .decode import scale_names
-from .dot import thin, unsigned
+from .dot import quantized_by_first_axis, thin, unsigned
 from .graph import Value
 from .quantized import Packed, Quantized
 from .shape import padded
@@ -144,14 +144,18 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
         or any(held[a] != 1 for a in numbers.lhs_spec[1:])
     ):
         return None
-    codes, point = unsigned(cv, qx)
+    rows = thin(cv, scale, tuple(numbers.lhs_spec))
+    if qx.raw is not None and isinstance(scale, Value) and scale.held[numbers.lhs_spec[0]] != 1:
+        codes, point = quantized_by_first_axis(cv, cv.tensor(qx.raw, numbers.lhs_spec), rows), 128
+    else:
+        found, point = unsigned(cv, qx)
+        codes = cv.tensor(found, numbers.lhs_spec)
     inputs = [
-        cv.tensor(codes, numbers.lhs_spec),
+        codes,
         cv.graph.constant(packed.codes, qw.site),
         cv.graph.constant(np.uint8(point)),
     ]
     total = cv.cast(cv.graph.emit("ConvInteger", inputs, **spatial), np.float32)
-    rows = thin(cv, scale, tuple(numbers.lhs_spec))
     wide = packed.scale.reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float32)
     return cv.graph.emit(
         "Mul", [cv.graph.emit("Mul", [total, rows]), cv.graph.constant(wide, f"{qw.site}.scale")]

@@ -38,6 +38,28 @@ rule("jc_decode")(_decode)
 rule("jc_decode", constant=True)(_decode)
 
 
+@rule("jc_dynamic")
+def _dynamic(cv: Converter, eqn: Any, xs: list) -> Value:
+    x, scale, _ = xs
+    q = _quantized(eqn, None, scale, np.zeros((), np.float32))
+    q.raw = x
+    return _hidden(eqn, q)
+
+
+def numbers_of(cv: Converter, q: Quantized) -> Any:
+    """The numbers of an operand, rounded now if they were not."""
+    if q.numbers is not None:
+        return q.numbers
+    x, ends = q.raw, [cv.graph.constant(np.float32(e)) for e in (q.low, q.high)]
+    assert x is not None
+
+    def rounded(name: str, scale: str) -> str:
+        out = cv.graph.emit("Round", [cv.graph.emit("Div", [name, scale])])
+        return cv.graph.emit("Clip", [out, *ends])
+
+    return cv.elementwise(rounded, [x, q.scale], x.shape, np.float32)
+
+
 @rule("jc_static")
 def _static(cv: Converter, eqn: Any, xs: list) -> Value:
     """QuantizeLinear to uint8 (int8 for TensorRT), and what the format leaves out clipped."""
@@ -111,7 +133,7 @@ def decoded(cv: Converter, x: Value) -> Value:
         numbers = np.asarray(q.numbers, np.float32)
         zero = 0 if q.zero is None else np.asarray(q.zero, np.float32)
         return cv.value(cv.graph.constant((numbers - zero) * q.scale, q.site), x.shape, x.dtype)
-    out = q.numbers
+    out = numbers_of(cv, q)
     if q.zero is not None:
         out = cv.elementwise("Sub", [out, q.zero], x.shape, np.float32)
     return cv.elementwise("Mul", [out, q.scale], x.shape, np.float32)

@@ -8,6 +8,7 @@ weights only         MatMul(x, DequantizeLinear(w))
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from . import fpga
 from .convert import Converter, rule, shrunk
-from .decode import scale_names
+from .decode import numbers_of, scale_names
 from .graph import Value
 from .quantized import Packed, Quantized
 
@@ -223,23 +224,56 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
     else:
         if qb.low < -128 or qb.high > 127:
             return None
-        numbers = cv.elementwise(
-            "Cast", [qb.numbers], qb.numbers.shape, np.int8, to=cv.dtype(np.int8)
-        )
+        found = numbers_of(cv, qb)
+        numbers = cv.elementwise("Cast", [found], found.shape, np.int8, to=cv.dtype(np.int8))
         weight, scale = cv.tensor(numbers, order_b), thin(cv, qb.scale, order_b)
         if len(b.summed) != 1 or len(b.free) != 1:
             weight = cv.reshaped(weight, shape)
             scale = cv.reshaped(scale, [*b.sizes(b.batch), 1, -1])
-    codes, point = unsigned(cv, qa)
-    point += int(np.reshape(zero, ()))
-    inputs = [_left(cv, a, codes), weight, cv.graph.constant(np.uint8(point))]
-    total = cv.cast(cv.graph.emit("MatMulInteger", inputs), np.float32)
     order_a = (*a.batch, *a.free, *a.summed)
+    if qa.raw is not None and isinstance(qa.scale, Value) and not a.batch:
+        left, point = _by_rows(cv, a, qa, order_a), 128
+    else:
+        codes, point = unsigned(cv, qa)
+        left, point = _left(cv, a, codes), point + int(np.reshape(zero, ()))
+    inputs = [left, weight, cv.graph.constant(np.uint8(point))]
+    total = cv.cast(cv.graph.emit("MatMulInteger", inputs), np.float32)
     rows = thin(cv, qa.scale, order_a)
     if not _keeps(a) and not (len(a.free) == 1 and len(a.summed) == 1):
         rows = cv.reshaped(rows, [*a.sizes(a.batch), -1, 1])
     out = cv.graph.emit("Mul", [cv.graph.emit("Mul", [total, rows]), scale])
     return out if dtype == np.float32 else cv.cast(out, dtype)
+
+
+def _by_rows(cv: Converter, a: Side, q: Quantized, order: tuple[int, ...]) -> str:
+    """uint8 codes by one QuantizeLinear, with a scale for each row."""
+    assert q.raw is not None
+    width = math.prod(a.sizes(a.summed))
+    x = cv.reshaped(cv.tensor(q.raw, order), [-1, width])
+    codes = quantized_by_first_axis(cv, x, _rows(cv, q.scale, a))
+    if len(order) == 2:
+        return codes
+    flat = a.sizes(a.free) if _keeps(a) else [math.prod(a.sizes(a.free))]
+    return cv.reshaped(codes, [*flat, width])
+
+
+def quantized_by_first_axis(cv: Converter, x: str, scale: str) -> str:
+    """uint8 codes, 128 for 0, of a tensor with a scale for each index of its first axis."""
+    scale = cv.reshaped(scale, [-1])
+    size = cv.graph.emit("Shape", [scale])
+    points = cv.graph.emit("Expand", [cv.graph.constant(np.uint8(128)), size])
+    return cv.graph.emit("QuantizeLinear", [x, scale, points], axis=0)
+
+
+def _rows(cv: Converter, scale: Value, a: Side) -> str:
+    """The tensor of one scale for each index of the free axes."""
+    held = tuple(1 if i in a.summed else d for i, d in enumerate(scale.shape))
+    if scale.held != held:  # shared by rows too
+        goal = [held[i] for i in np.argsort(scale.perm)]
+        scale = dataclasses.replace(
+            scale, name=cv.graph.emit("Expand", [scale.name, cv.sizes(goal)]), held=held
+        )
+    return thin(cv, scale, (*a.free, *a.summed))
 
 
 def _wide(scale: np.ndarray, b: Side) -> np.ndarray:
@@ -272,7 +306,7 @@ def unsigned(cv: Converter, q: Quantized) -> tuple[Value, int]:
     """(uint8 codes of an activation, what was added to its numbers)."""
     if q.stored is not None:
         return q.stored, q.shift
-    numbers, shift = q.numbers, 0 if q.low >= 0 else 128
+    numbers, shift = numbers_of(cv, q), 0 if q.low >= 0 else 128
     while isinstance(numbers, Value) and numbers.cast_of is not None:
         numbers = numbers.cast_of  # whole numbers, whatever they are held in
     add = cv.graph.constant(np.asarray(shift, numbers.dtype))
@@ -343,8 +377,6 @@ def _expert(r: Any, g: int) -> Any:
         return r[g]
     q = r.quantized
     assert q is not None
-    import dataclasses
-
     part = dataclasses.replace(
         q, numbers=q.numbers[g], scale=q.scale[g], zero=None if q.zero is None else q.zero[g]
     )

@@ -30,6 +30,7 @@ def finish(graph: Graph, outputs: list[str], target: str) -> None:
         return
     if target == "onnxruntime":
         _quantize_early(graph, outputs)
+        _merge_clips(graph, outputs)
     if target != "tensorrt":
         _bias(graph, outputs)
     if target == "onnxruntime":
@@ -186,6 +187,32 @@ def _quantize_early(graph: Graph, outputs: list[str]) -> None:
         quantize.input[0], quantize.output[0] = name, moved
         first.input[0] = moved
         chain[0].output[0] = code
+        view = View(graph, outputs)
+
+
+def _merge_clips(graph: Graph, outputs: list[str]) -> None:
+    """Two Clips of codes become one, and one that clips nothing is dropped."""
+    view = View(graph, outputs)
+    for clip in [n for n in graph.nodes if n.op_type == "Clip" and len(n.input) == 3]:
+        low, high = (view.constant(name) for name in clip.input[1:])
+        if low is None or high is None or low.dtype.kind not in "iu":
+            continue
+        before = view.producer(clip.input[0], "Clip")
+        if before is not None and len(before.input) == 3 and view.alone(clip.input[0]):
+            least, most = (view.constant(name) for name in before.input[1:])
+            if least is not None and most is not None:
+                low, high = np.maximum(low, least), np.minimum(high, most)
+                parts = [before.input[0], graph.constant(low), graph.constant(high)]
+                del clip.input[:]
+                clip.input.extend(parts)
+                graph.nodes.remove(before)
+        info = np.iinfo(low.dtype)
+        if (int(low), int(high)) == (info.min, info.max) and clip.output[0] not in outputs:
+            for node in graph.nodes:
+                for i, name in enumerate(node.input):
+                    if name == clip.output[0]:
+                        node.input[i] = clip.input[0]
+            graph.nodes.remove(clip)
         view = View(graph, outputs)
 
 

@@ -42,6 +42,7 @@ class Quantized:
       dtype: name of the dtype of codes that are no integers.
       powers: whether scales are powers of two by definition of the format.
       site: name of the site that reads it.
+      raw: what was rounded, where that is left to whoever reads it: `numbers` is then None.
       stored: a value of codes, which QuantizeLinear gave for a known scale of the tensor: numbers
         plus `shift`, uint8 or int8; else None.
       shift: what is added to numbers in `stored`.
@@ -56,13 +57,15 @@ class Quantized:
     dtype: str
     powers: bool
     site: str
+    raw: Value | None = None
     stored: Value | None = None
     shift: int = 0
 
     @property
     def constant(self) -> bool:
         """Whether all of it is known when the model is written."""
-        return all(not isinstance(x, Value) for x in (self.numbers, self.scale, self.zero))
+        parts = self.numbers, self.scale, self.zero, self.raw
+        return all(not isinstance(x, Value) for x in parts)
 
     def storage(self, opset: int) -> np.dtype | None:
         """The smallest type for the numbers; None if there is none."""

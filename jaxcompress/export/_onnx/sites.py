@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The function as it is exported: at every quantized site, what its operands were decoded from.
 
-Two primitives say it in the jaxpr. Both are what the transform computes, and differ from it only
+Three primitives say it in the jaxpr. They are what the transform computes, and differ from it only
 in that the exporter sees numbers, scales and zero points apart.
 
     jc_decode(numbers, scale, zero) = (numbers - zero) * scale
     jc_static(x, scale, zero) = jc_decode(clip(round(x / scale) + zero, low, high), scale, zero)
+
+    jc_dynamic(x, scale)      the same with a scale that no value of x exceeds, without zero
 
 and of binary numbers, scale where x >= 0, else -scale.
 """
@@ -38,6 +40,10 @@ def _decode(numbers, scale, zero, **_):
     return (numbers - zero) * scale
 
 
+def _dynamic(x, scale, zero, *, low, high, **_):
+    return jnp.clip(jnp.round(x / scale), low, high) * scale
+
+
 def _static(x, scale, zero, *, low, high, dtype, **_):
     if dtype == "binary":
         return jnp.where(x >= 0, scale, -scale)
@@ -47,6 +53,7 @@ def _static(x, scale, zero, *, low, high, dtype, **_):
 _SETTINGS = ("low", "high", "integers", "dtype", "powers", "site")
 decode_p = _compat.new_primitive("jc_decode", _decode, _SETTINGS)
 static_p = _compat.new_primitive("jc_static", _static, _SETTINGS)
+dynamic_p = _compat.new_primitive("jc_dynamic", _dynamic, _SETTINGS)
 
 
 def _about(fmt: Format, site: Site) -> dict[str, Any]:
@@ -112,6 +119,11 @@ class Exported(StatefulQuantizeAware):
             return _rounded(site, i, q, x, learned, kept)[0]
         op = operation_of(site)
         if op is not None and possible(op, site, setting.operands):
+            if q.range == "absmax" and isinstance(q.format, formats.Integer) and q.format.min < 0:
+                args = x.astype(jnp.float32), q.scales(x, axis)[0]
+                return dynamic_p.bind(*args, jnp.zeros(()), **_about(q.format, site)).astype(
+                    x.dtype
+                )
             codes = straight_through.codes_of(x, q, axis, ())
             about = _about(q.format, site)
             if codes.zero_point is not None and q.format.max > 127:

@@ -11,12 +11,12 @@ import jaxcompress as jc
 from jaxcompress import Quantizer, Recipe, Rule
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "deployment.md").read_text("utf-8")
-ROWS = dict(
-    (cells[0].strip("`"), cells[1:])
+ROWS = {
+    cells[0].strip("`"): cells[1:]
     for line in PAGE.split("## Formats and targets")[1].splitlines()
     if line.startswith("| `")
     for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
-)
+}
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)}
 X = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
 

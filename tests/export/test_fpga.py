@@ -58,7 +58,7 @@ MODELS = {
         PICTURES,
         "fpga-w6a6-static",
     ),
-    "ternary": (mlp, DENSE, X, TERNARY),
+    "ternary": (mlp, {**DENSE, "b1": jnp.zeros(12)}, X, TERNARY),
     "binary": (
         lambda p, x: (x @ p["w1"]) @ p["w2"],
         DENSE,

@@ -143,7 +143,7 @@ def fixed_point(x: np.ndarray, what: str) -> tuple[np.float32, int]:
     zeros = np.array([(int(v) & -int(v)).bit_length() - 1 if v else 63 for v in whole.flat])
     low = (exponent.ravel() - 24 + zeros)[whole.ravel() != 0].min(initial=0)
     top = np.abs(x / 2.0**low).max(initial=0)
-    bits = int(top).bit_length() + 1
+    bits = max(int(top).bit_length() + 1, 2)  # one bit would stand for -1 and 1
     if bits > 32:
         raise ArtifactError(
             f"a constant that is added to {what.split(SITE)[0]} takes {bits} bits as fixed-point "

@@ -429,6 +429,17 @@ def test_what_onnx_cannot_say_is_refused(name, tmp_path):
     assert path.read_bytes() == b"earlier" and os.listdir(tmp_path) == ["m.onnx"]
 
 
+def test_two_symbolic_sizes(tmp_path):
+    """Any number of texts of any length: positions are cut to it."""
+    fn, params, (ids, mask) = compressed("transformer", "w8a8")
+    batch, tokens = jax.export.symbolic_shape("batch, tokens", constraints=["tokens <= 12"])
+    shapes = [jax.ShapeDtypeStruct((batch, tokens), x.dtype) for x in (ids, mask)]
+    found = jc.export.onnx(fn, params, *shapes, path=tmp_path / "m.onnx")
+    for n, length in ((8, 9), (3, 5), (1, 9)):
+        x = ids[:n, :length], mask[:n, :length] | (np.arange(length) == 0)
+        assert relative(found.run(*x), np.asarray(jax.jit(fn)(params, *x))) < 1e-4
+
+
 def test_bad_settings_are_refused(tmp_path):
     p, (x,) = MODELS["mlp"][1], MODELS["mlp"][2]
     path = tmp_path / "m.onnx"

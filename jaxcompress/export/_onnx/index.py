@@ -29,6 +29,8 @@ def _gather(cv: Converter, eqn: Any, xs: list) -> Value:
     )
     if simple:
         return _rows(cv, x, index, numbers, mode, aval)
+    if not isinstance(index, Value) and index.ndim == 1 and "PROMISE" in mode:
+        return _one_slice(cv, eqn, x, index)
     table = cv.plain(x)
     columns, valid = _places(
         cv, index, numbers.start_index_map, sizes, x.shape, aval.shape, numbers.offset_dims,
@@ -39,6 +41,19 @@ def _gather(cv: Converter, eqn: Any, xs: list) -> Value:
     if valid is not None:
         out = cv.graph.emit("Where", [valid, out, _fill(cv, p, aval.dtype)])
     return cv.value(out, aval.shape, aval.dtype)
+
+
+def _one_slice(cv: Converter, eqn: Any, x: Any, index: np.ndarray) -> Value:
+    """A gather at one known place, such as x[:, :n] of a symbolic n."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    starts = [0] * len(sizes)
+    for axis, start in zip(numbers.start_index_map, index.tolist(), strict=True):
+        starts[axis] = start
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    inputs = [cv.tensor(x), cv.graph.ints(*starts), cv.sizes(ends)]
+    out = cv.graph.emit("Slice", [*inputs, cv.graph.ints(*range(len(sizes)))])
+    aval = eqn.outvars[0].aval
+    return cv.value(cv.reshaped(out, aval.shape), aval.shape, aval.dtype)
 
 
 def _fill(cv: Converter, params: dict, dtype: Any) -> str:

@@ -194,7 +194,7 @@ def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
 def row_rank(eqn: Any) -> int:
     """Rank of what a lookup reads, without dimensions of size 1."""
     shape = eqn.invars[0].aval.shape
-    return sum(shape[d] > 1 for d in row_axes(eqn))
+    return sum(shape[d] not in (0, 1) for d in row_axes(eqn))
 
 
 def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[str]:

@@ -435,6 +435,13 @@ def test_two_symbolic_sizes(tmp_path):
     batch, tokens = jax.export.symbolic_shape("batch, tokens", constraints=["tokens <= 12"])
     shapes = [jax.ShapeDtypeStruct((batch, tokens), x.dtype) for x in (ids, mask)]
     found = jc.export.onnx(fn, params, *shapes, path=tmp_path / "m.onnx")
+
+    def stacked(p, x):
+        return transformer(p, x[0], x[1] > 0)
+
+    both = jax.ShapeDtypeStruct((2, batch, tokens), jnp.int32)
+    small = jc.quantize_aware(stacked, "w8a8")
+    assert jc.export.onnx(small, MODELS["transformer"][1], both, path=tmp_path / "n.onnx").audit()
     for n, length in ((8, 9), (3, 5), (1, 9)):
         x = ids[:n, :length], mask[:n, :length] | (np.arange(length) == 0)
         assert relative(found.run(*x), np.asarray(jax.jit(fn)(params, *x))) < 1e-4

@@ -163,11 +163,14 @@ def measure(kind, say):
             small = jc.quantize(apply, params, recipe, calibration=batches)
             kernels[f"ours {name}"] = export(f"ours {name}", small.fn, small.params).audit()
         if kind == "minilm":  # the tables of words in int4 too
-            four = jc.Quantizer("int4", "group:32")
-            rules = [jc.Rule("*", four, op="gather", shared=True), jc.Rule("*", four)]
-            small = jc.quantize(apply, params, jc.Recipe(rules, "w4"), calibration=batches)
-            found = export("ours w4, tables too", small.fn, small.params)
-            kernels["ours w4, tables too"] = found.audit()
+            table, four = (jc.Quantizer("int4", f"group:{n}") for n in (64, 32))
+            rules = [jc.Rule("*", table, op="gather", shared=True), jc.Rule("*", four)]
+            for method in ("rtn", "gptq"):
+                small = jc.quantize(
+                    apply, params, jc.Recipe(rules, "w4"), calibration=batches, method=method
+                )
+                name = f"ours w4 tables, {method}"
+                kernels[name] = export(name, small.fn, small.params).audit()
         with contextlib.redirect_stdout(io.StringIO()):
             quantize_static(
                 source, folder / "theirs static.onnx", Reader(feed, batches),

@@ -22,7 +22,7 @@ from ._quantize import methods, recipes
 from ._quantize.aware import describe
 from ._quantize.recipe import Recipe
 from ._quantize.report import Report, Row
-from ._result import EXPORTS, ONNX, REPORT, STABLEHLO, read_report
+from ._result import EXPORTS, ONNX, QONNX, REPORT, STABLEHLO, read_report
 from ._task import Task, load_task, user_code
 from .export import load, verify
 
@@ -177,7 +177,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     programs = [arguments.dir]
     if (arguments.dir / REPORT).is_file():
-        programs = [arguments.dir / STABLEHLO, arguments.dir / ONNX / "model.onnx"]
+        files = [arguments.dir / name / "model.onnx" for name in (ONNX, QONNX)]
+        programs = [arguments.dir / STABLEHLO, *files]
         programs = [path for path in programs if path.exists()]
         if not programs:
             raise ArtifactError(
@@ -224,6 +225,9 @@ def _show(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     table.add_row(name, f"{old:.2f}", f"{new:.2f}", f"{ratio:.2f} times as long")
     for row in _deployed(result.get(ONNX)):
         table.add_row(*row)
+    if QONNX in result:
+        size, off = (result[QONNX][name] for name in ("bytes", "largest_difference"))
+        table.add_row("qonnx, bytes", "", f"{size:,}", f"its executor is off by {off:.2g}")
     console.print(table)
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     console.print(f"{folder}: {names}", highlight=False)

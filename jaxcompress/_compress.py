@@ -23,14 +23,22 @@ from . import __version__
 from ._core.compressed import Compressed
 from ._core.provenance import key_path
 from ._core.qtensor import nbytes
-from ._deploy import deployed, export_for_any_batch
+from ._deploy import check_exports, deployed, export_for_any_batch, for_hardware
 from ._errors import JaxCompressError
 from ._quantize.aware import quantize_aware
 from ._quantize.post_training import quantize
 from ._quantize.recipe import Recipe
 from ._quantize.report import report
 from ._quantize.storage import compressed_weights
-from ._result import FLOAT_PARAMETERS, ONNX, PARAMETERS, STABLEHLO, new_result, write_report
+from ._result import (
+    FLOAT_PARAMETERS,
+    ONNX,
+    PARAMETERS,
+    QONNX,
+    STABLEHLO,
+    new_result,
+    write_report,
+)
 from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
 from .export import save_params, stablehlo
@@ -58,8 +66,8 @@ def compress(
       method: "qat" trains with the recipe in the loop; other names, joined by "+", are methods of
         `jc.quantize`, which get the model as it is after the float training.
       quiet: no progress on stderr.
-      exports: of "stablehlo" and "onnx": what to write beside the parameters, in directories of
-        that name.
+      exports: of "stablehlo", "onnx" and "qonnx": what to write beside the parameters, in
+        directories of that name.
 
     Returns:
       What `report.json` holds.
@@ -71,6 +79,7 @@ def compress(
     with new_result(out) as folder:
         params, x = initial(task, seed)
         _check(task, recipe, params, x, seed, method)
+        check_exports(exports, task, recipe, params, x)
         if method != QAT:
             params, small = _after_training(task, recipe, method, params, seed, quiet)
             runs = _predictions(task, params, small.fn, small.params, x)
@@ -86,7 +95,9 @@ def compress(
         save_params(stored, folder / FLOAT_PARAMETERS)
         if STABLEHLO in exports:
             export_for_any_batch(stablehlo, small.fn, small.params, x, path=folder / STABLEHLO)
-        extra = {}
+        extra: dict[str, Any] = {}
+        if QONNX in exports:
+            extra[QONNX] = for_hardware(small.fn, small.params, x, folder / QONNX)
         if ONNX in exports:
             extra[ONNX] = deployed(task, params, small.fn, small.params, x, folder / ONNX)
         trained = task.train is not None and method == QAT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `compress --export onnx` adds to a result: a model, its kernels, and how fast it runs."""
+"""What `compress --export` adds to a result: models, their kernels, and how fast they run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
 
 from ._errors import ArtifactError
+from ._quantize.recipe import Recipe
+from ._result import ONNX, QONNX
 from ._task import Task
-from .export import onnx, verify
+from .export import onnx, qonnx, verify
+from .export._artifact import need
 
 BATCHES = (1, 32)
 _ROUNDS, _SECONDS = 7, 0.05
@@ -29,6 +32,29 @@ def export_for_any_batch(
         return export(fn, params, x, symbolic_batch=True, **settings)
     except (ArtifactError, TypeError, ValueError):
         return export(fn, params, x, **settings)
+
+
+def check_exports(
+    exports: Collection[str], task: Task, recipe: Recipe, params: Any, x: Any
+) -> None:
+    """Finds out before training what ONNX or hardware could not hold after it.
+
+    Raises:
+      ArtifactError: a package is missing, an operation of the float model has no form in ONNX, or
+        a rule none in hardware.
+    """
+    if not {ONNX, QONNX} & set(exports):
+        return
+    need("onnx", "onnx")
+    if ONNX in exports:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "float.onnx"
+            export_for_any_batch(onnx, task.apply, params, x, path=path)
+    if QONNX in exports:
+        need("qonnx", "fpga")
+        from .export._onnx.fpga import check_recipe
+
+        check_recipe(recipe)
 
 
 def deployed(
@@ -56,10 +82,25 @@ def deployed(
     found, kernels = verify(model), model.audit()
     return {
         "bytes": sizes,
-        "largest_difference": max((r.largest / (r.scale or 1.0) for r in found.rows), default=0.0),
+        "largest_difference": _largest(found),
         "in_floats": {row.site: row.fallback for row in kernels.fallbacks},
         "latency_ms": latency,
     }
+
+
+def for_hardware(fn: Callable, small: Any, x: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes `folder/model.onnx` for FPGA tools, and executes it on the example input.
+
+    Returns:
+      Its bytes, and the largest difference to the function as a share of its largest value.
+    """
+    model = qonnx(fn, small, x, path=folder / "model.onnx", reference=True)
+    found = verify(model)
+    return {"bytes": model.nbytes, "largest_difference": _largest(found)}
+
+
+def _largest(found: Any) -> float:
+    return max((r.largest / (r.scale or 1.0) for r in found.rows), default=0.0)
 
 
 def _latency(before: Any, after: Any, x: Any, batch: int) -> dict[str, float] | None:

@@ -26,7 +26,7 @@ REPORT, PARAMETERS, FLOAT_PARAMETERS = (
     "model.safetensors",
     "float_model.safetensors",
 )
-STABLEHLO, ONNX = EXPORTS = ("stablehlo", "onnx")
+STABLEHLO, ONNX, QONNX = EXPORTS = ("stablehlo", "onnx", "qonnx")
 _EARLIER = ("parameters.npz", "float_parameters.npz")  # names that results once had
 
 

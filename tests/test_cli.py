@@ -210,6 +210,26 @@ def test_an_exported_onnx_model_is_measured_and_verified(write, folder, capsys, 
     assert main(command) == 0 and not (out / "stablehlo").exists()
 
 
+def test_a_model_for_hardware(write, folder, capsys, fails):
+    """QONNX: executed and verified; a recipe that hardware cannot hold is refused at once."""
+    command = ["compress", write(), "--out", "out", "--quiet", "--export", "qonnx"]
+    assert main([*command, "--recipe", "fpga-w6a6-static", "--method", "rtn"]) == 0
+    assert "qonnx, bytes" in capsys.readouterr().out
+    data = json.loads((folder / "out" / "report.json").read_text())["qonnx"]
+    assert data["largest_difference"] < 1e-6
+    assert data["bytes"] == (folder / "out" / "qonnx" / "model.onnx").stat().st_size
+    assert main(["verify", "out"]) == 0
+    assert capsys.readouterr().out.count("against its reference") == 1
+    model = jc.export.load(folder / "out" / "qonnx" / "model.onnx")
+    reference = jax.tree.map(np.array, model.reference)
+    reference["outputs"][0] *= 1.1
+    jc.save_params(reference, folder / "out" / "qonnx" / "model.reference.safetensors")
+    assert main(["verify", "out"]) == 1
+    capsys.readouterr()
+    message = fails(*command[:3], "other", *command[4:], left=("tiny.py", "out"))
+    assert "finds the range of activations in each call" in message
+
+
 def test_verify_of_a_program_that_differs(folder, capsys, monkeypatch, fails):
     params, x = {"up": np.eye(4, dtype="float32")}, np.ones((2, 4), "float32")
     artifact = jc.export.stablehlo(lambda p, x: x @ p["up"], params, x, path="a")

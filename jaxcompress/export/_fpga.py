@@ -13,8 +13,10 @@ import jax
 
 from .._errors import ArtifactError
 from ._artifact import need
+from ._params import save_params
 from ._program import Program
 from ._signature import Signature
+from ._stablehlo import reference_values
 
 if TYPE_CHECKING:
     from ._onnx.hardware import HlsModel, QonnxModel
@@ -26,6 +28,7 @@ def qonnx(
     *example_inputs: Any,
     path: str | os.PathLike[str],
     bias_digits: int | None = None,
+    reference: bool = False,
 ) -> QonnxModel:
     """Exports `fn(params, *inputs)` as QONNX, which FPGA tools (hls4ml, FINN) read.
 
@@ -41,6 +44,7 @@ def qonnx(
       path: of the file to write; replaced if it exists.
       bias_digits: binary digits behind the point to round added constants to; by default they are
         stored exactly, which may take many bits.
+      reference: write what `fn` makes of the example inputs beside it, for `verify`.
 
     Returns:
       The model; `.run(*inputs)` is the QONNX executor.
@@ -88,6 +92,9 @@ def qonnx(
     }
     files.describe(model, about)
     files.save(model, pathlib.Path(path))
+    found = reference_values(given, None, 2**26) if reference else None
+    if found is not None:
+        save_params(found, files.reference_of(pathlib.Path(path)))
     return QonnxModel(path)
 
 

@@ -131,7 +131,7 @@ def test_tap_in_scans():
     out, seen = jc.tap(both, "w")(STACK, xs)
     assert seen["w"].shape == (4, 3, 6, 4)
     assert_same(seen, {"w": jnp.stack(want)}, SUM)
-    assert_same(out, jax.jit(both)(STACK, xs))
+    assert_same(out, jax.jit(both)(STACK, xs), SUM)
     # backwards
     back = lambda p, x: lax.scan(lambda c, w: (c @ w, None), x, p["w"], reverse=True)[0]  # noqa
     _, seen = jc.tap(back, "w")(STACK, X)

@@ -219,6 +219,10 @@ CASES = {
     ),
     "sum pooling": (lambda x: pool(x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"), (IMAGE,)),
     "pooling of one axis": (lambda x: pool(x, -jnp.inf, lax.max, (2,), (2,)), (X[0],)),
+    "dilated sums": (
+        lambda x: pool(x, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 1, 1), window_dilation=(1, 2, 3, 1)),
+        (IMAGE,),
+    ),
     "dilated pooling": (
         lambda x: pool(
             x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), window_dilation=(1, 2, 3, 1)

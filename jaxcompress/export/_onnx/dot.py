@@ -249,7 +249,8 @@ def _by_rows(cv: Converter, a: Side, q: Quantized, order: tuple[int, ...]) -> st
     """uint8 codes by one QuantizeLinear, with a scale for each row."""
     assert q.raw is not None
     width = math.prod(a.sizes(a.summed))
-    x = cv.reshaped(cv.tensor(q.raw, order), [-1, width])
+    x = cv.tensor(q.raw, order)
+    x = x if len(order) == 2 else cv.reshaped(x, [-1, width])
     codes = quantized_by_first_axis(cv, x, _rows(cv, q.scale, a))
     if len(order) == 2:
         return codes

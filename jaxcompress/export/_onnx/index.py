@@ -12,6 +12,7 @@ from ..._errors import ArtifactError
 from .convert import Converter, rule
 from .graph import Value
 from .shape import padded
+from .tables import rows
 
 
 @rule("gather")
@@ -85,7 +86,7 @@ def _rows(cv: Converter, x: Any, index: Any, numbers: Any, mode: str, aval: Any)
             valid = cv.graph.emit("Equal", [name, inside])
         name = inside
     with cv.at(x):
-        out = _table(cv, x, axis, name, lead)
+        out = rows(cv, x, axis, name, lead)
     if valid is not None:
         shape = [1] * axis + list(index.shape[:-1]) + [1] * (len(x.shape) - axis - 1)
         out = cv.graph.emit("Where", [cv.reshaped(valid, shape), out, _fill(cv, {}, aval.dtype)])
@@ -96,36 +97,6 @@ def _rows(cv: Converter, x: Any, index: Any, numbers: Any, mode: str, aval: Any)
     for a in range(len(aval.shape)):
         perm[a] = next(offsets) if a in numbers.offset_dims else next(batch)
     return cv.value(out, aval.shape, aval.dtype, perm)
-
-
-def _table(cv: Converter, x: Any, axis: int, index: str, lead: int) -> str:
-    q = x.quantized if isinstance(x, Value) else None
-    if q is None or not q.constant:
-        return cv.graph.emit("Gather", [cv.tensor(x), index], axis=axis)
-    storage = q.storage(cv.opset)
-    if storage is None or storage.name not in ("int8", "uint8"):
-        return cv.graph.emit("Gather", [cv.tensor(x), index], axis=axis)
-    codes = cv.graph.constant(np.asarray(q.numbers).astype(storage), q.site)
-    out = cv.cast(cv.graph.emit("Gather", [codes, index], axis=axis), np.float32)
-    for op, part in (("Sub", q.zero), ("Mul", q.scale)):
-        if part is None:
-            continue
-        full = np.asarray(part, np.float32)
-        small = full[
-            tuple(
-                slice(0, 1) if not (full != full.take([0], axis=a)).any() else slice(None)
-                for a in range(full.ndim)
-            )
-        ]
-        name = cv.graph.constant(small, f"{q.site}.{'scale' if op == 'Mul' else 'zero_point'}")
-        if small.shape[axis] > 1:
-            name = cv.graph.emit("Gather", [name, index], axis=axis)
-        else:
-            name = cv.graph.constant(
-                small.reshape([*small.shape[:axis], *[1] * lead, *small.shape[axis + 1 :]])
-            )
-        out = cv.graph.emit(op, [out, name])
-    return out if x.dtype == np.float32 else cv.cast(out, x.dtype)
 
 
 def _places(
@@ -256,7 +227,7 @@ def _dynamic_slice(cv: Converter, eqn: Any, xs: list) -> Value:
     if len(cut) == 1 and sizes[cut[0]] == 1 and q is not None and q.constant:
         index = _starts(cv, [starts[cut[0]]], [x.shape[cut[0]] - 1])
         aval = eqn.outvars[0].aval
-        return cv.value(_table(cv, x, cut[0], index, 1), aval.shape, aval.dtype)
+        return cv.value(rows(cv, x, cut[0], index, 1), aval.shape, aval.dtype)
     begin = _starts(cv, [starts[a] for a in cut], [x.shape[a] - sizes[a] for a in cut])
     end = cv.graph.emit("Add", [begin, cv.sizes([sizes[a] for a in cut])])
     return cv.emit(eqn, "Slice", [cv.tensor(x), begin, end, cv.graph.ints(*cut)])

@@ -156,14 +156,14 @@ def _structure(scale: np.ndarray, opset: int) -> tuple[np.ndarray | None, dict[s
     if opset < 21:
         return None, {}
     for axis in range(scale.ndim):
-        size = _block(scale, axis)
+        size = block(scale, axis)
         if size > 1:
             found = {"axis": axis, "block_size": size}
             return _pick(scale, found, ()), found
     return None, {}
 
 
-def _block(scale: np.ndarray, axis: int) -> int:
+def block(scale: np.ndarray, axis: int) -> int:
     """How many neighbours along an axis share a scale: the largest such divisor; 1 for none."""
     n = scale.shape[axis]
     rows = np.moveaxis(scale, axis, 0)

@@ -155,9 +155,13 @@ def _window(cv: Converter, eqn: Any, xs: list) -> Value:
     spatial: dict[str, Any] = {
         "kernel_shape": [sizes[a] for a in windows],
         "strides": [p["window_strides"][a] for a in windows],
-        "dilations": [p["window_dilation"][a] for a in windows],
         "pads": [p["padding"][a][side] for side in (0, 1) for a in windows],
     }
+    dilations = [p["window_dilation"][a] for a in windows]
+    if any(d != 1 for d in dilations):
+        if eqn.primitive.name == "reduce_window_sum" and cv.opset < 19:
+            raise ArtifactError("averages over dilated windows are in ONNX from opset 19 on.")
+        spatial["dilations"] = dilations
     order, aval = [*others, *windows], eqn.outvars[0].aval
     name = cv.tensor(x, order)
     wide = aval.dtype in (np.float32, np.float64)

@@ -35,14 +35,12 @@ def stored_rows(model: onnx.ModelProto, packing: Packing, params: Any, inputs: t
         size = sum(len(t.raw_data) for t in mine)
         taken += size
         largest = onnx.TensorProto.DataType.Name(max(mine, key=lambda t: len(t.raw_data)).data_type)
-        why = row.reason
+        why, kind = row.reason, largest.lower()
+        if kind == "uint8" and row.weight != kind:
+            kind = f"{row.weight} in uint8"  # several numbers a byte
         if largest in ("FLOAT", "DOUBLE") and not why:
             why = f"ONNX has no {row.weight} with these scales: stored decoded"
-        rows.append(
-            dataclasses.replace(
-                row, site=site, weight=largest.lower(), bytes_after=size, reason=why
-            )
-        )
+        rows.append(dataclasses.replace(row, site=site, weight=kind, bytes_after=size, reason=why))
     rest = sum(len(t.raw_data) for t in _tensors(model)) - taken
     if rest > 0:
         rows.append(

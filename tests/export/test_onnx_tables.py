@@ -22,7 +22,7 @@ def look_up(p, ids):
 
 
 def exported(fn, recipe, ids, path, **settings):
-    small = jc.quantize(fn, {"t": TABLE}, recipe, method="rtn", example_inputs=(ids,))
+    small = jc.quantize(fn, {"t": TABLE}, recipe, method="rtn", example_inputs=ids)
     found = jc.export.onnx(small.fn, small.params, ids, path=path, **settings)
     return found, np.asarray(small.fn(small.params, ids))
 

@@ -157,7 +157,14 @@ def measure(kind, say):
             jc.Rule("*", "int8", op="gather", shared=True, optional=True),
             jc.Rule("*", "int8", affine),
         ]
-        recipes = ["w8a8-static", jc.Recipe(rules, "w8a8-uint8"), "w8a8", "w4a16-g32"]
+        measured = [rules[0], jc.Rule("*", "int8", jc.Quantizer("uint8", "tensor"))]
+        recipes = [
+            "w8a8-static",
+            jc.Recipe(rules, "w8a8-uint8"),
+            "w8a8",
+            jc.Recipe(measured, "dynamic uint8"),
+            "w4a16-g32",
+        ]
         for recipe in recipes:
             name = getattr(recipe, "name", recipe)
             small = jc.quantize(apply, params, recipe, calibration=batches)

@@ -123,7 +123,7 @@ def _channels(packed: Packed | None) -> Packed | None:
 def _stored(cv: Converter, numbers: Any, qx: Quantized, qw: Quantized, spatial: dict) -> str | None:
     """Conv between DequantizeLinear: runtimes see the integers."""
     packed = _channels(_laid_out(cv, qw, numbers.rhs_spec))
-    if qx.stored is None or packed is None:
+    if qx.stored is None or qx.measured or packed is None:
         return None
     codes = cv.tensor(qx.stored, numbers.lhs_spec)
     x = cv.graph.emit("DequantizeLinear", [codes, *scale_names(cv, qx)])
@@ -140,7 +140,7 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
     if (
         cv.target == "tensorrt"
         or packed is None
-        or qx.zero is not None
+        or (qx.zero is not None and not qx.measured)
         or any(held[a] != 1 for a in numbers.lhs_spec[1:])
     ):
         return None
@@ -150,11 +150,8 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
     else:
         found, point = unsigned(cv, qx)
         codes = cv.tensor(found, numbers.lhs_spec)
-    inputs = [
-        codes,
-        cv.graph.constant(packed.codes, qw.site),
-        cv.graph.constant(np.uint8(point)),
-    ]
+    rows, point = qx.measured or (rows, cv.graph.constant(np.uint8(point)))
+    inputs = [codes, cv.graph.constant(packed.codes, qw.site), point]
     total = cv.cast(cv.graph.emit("ConvInteger", inputs, **spatial), np.float32)
     wide = packed.scale.reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float32)
     return cv.graph.emit(

@@ -46,6 +46,19 @@ def _dynamic(cv: Converter, eqn: Any, xs: list) -> Value:
     return _hidden(eqn, q)
 
 
+@rule("jc_measured")
+def _measured(cv: Converter, eqn: Any, xs: list) -> Value:
+    x, scale, zero = xs
+    q = _quantized(eqn, None, scale, zero)
+
+    def encode(name: str) -> str:
+        code, *q.measured = cv.graph.emit("DynamicQuantizeLinear", [name], 3)
+        return code
+
+    q.stored = cv.elementwise(encode, [x], eqn.outvars[0].aval.shape, np.uint8)
+    return _hidden(eqn, q)
+
+
 def numbers_of(cv: Converter, q: Quantized) -> Any:
     """The numbers of an operand, rounded now if they were not."""
     if q.numbers is not None:
@@ -107,8 +120,10 @@ def _static(cv: Converter, eqn: Any, xs: list) -> Value:
 
 
 def scale_names(cv: Converter, q: Quantized) -> list[str]:
-    """Names of scale and zero point of what QuantizeLinear gave."""
+    """Names of scale and zero point of `q.stored`."""
     assert q.stored is not None
+    if q.measured:
+        return q.measured
     zero = 0 if q.zero is None else shrunk(q.zero).reshape(())
     point = np.asarray(zero + q.shift, q.stored.dtype)
     return [cv.graph.constant(np.float32(shrunk(q.scale).reshape(()))), cv.graph.constant(point)]

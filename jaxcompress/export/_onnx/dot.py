@@ -2,7 +2,7 @@
 """Rules of matrix products: in floats, on decoded weights, and on integers.
 
 stored ranges        MatMul(DequantizeLinear(x), DequantizeLinear(w)): runtimes see integers
-dynamic ranges       MatMulInteger(x, w) * scale_x * scale_w
+dynamic ranges       MatMulInteger(x, w) * scale_x * scale_w, or * (scale_x * scale_w) of tensors
 weights only         MatMul(x, DequantizeLinear(w))
 """
 
@@ -165,7 +165,14 @@ def _packed(cv: Converter, b: Side) -> Packed | None:
 def _stored(cv: Converter, a: Side, b: Side) -> str | None:
     """A product that runtimes run on integers: the activation has one known scale."""
     qa, packed = a.quantized, _packed(cv, b)
-    if qa is None or qa.stored is None or packed is None or a.batch or packed.codes.ndim != 2:
+    if (
+        qa is None
+        or qa.stored is None
+        or qa.measured
+        or packed is None
+        or a.batch
+        or packed.codes.ndim != 2
+    ):
         return None
     if packed.attributes not in ({}, {"axis": 1}) or packed.codes.dtype.name != "int8":
         packed = _as_int8(packed)
@@ -206,8 +213,8 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
     assert qa is not None and qb is not None
     if cv.target == "tensorrt" or qb.zero is not None or not _outside(qa, a) or not _outside(qb, b):
         return None
-    zero = 0 if qa.zero is None else None if isinstance(qa.zero, Value) else shrunk(qa.zero)
-    if zero is None or np.size(zero) != 1:
+    zero = np.zeros(()) if qa.zero is None or qa.measured else qa.zero
+    if isinstance(zero, Value) or (zero := shrunk(zero)).size != 1:
         return None
     order_b = (*b.batch, *b.summed, *b.free)
     shape = (*b.sizes(b.batch), math.prod(b.sizes(b.summed)), math.prod(b.sizes(b.free)))
@@ -235,9 +242,12 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
         left, point = _by_rows(cv, a, qa, order_a), 128
     else:
         codes, point = unsigned(cv, qa)
-        left, point = _left(cv, a, codes), point + int(np.reshape(zero, ()))
-    inputs = [left, weight, cv.graph.constant(np.uint8(point))]
-    total = cv.cast(cv.graph.emit("MatMulInteger", inputs), np.float32)
+        left, point = _left(cv, a, codes), point + int(zero.reshape(()))
+    unit, point = qa.measured or ("", cv.graph.constant(np.uint8(point)))
+    total = cv.cast(cv.graph.emit("MatMulInteger", [left, weight, point]), np.float32)
+    if unit:  # the form of DynamicQuantizeMatMul
+        out = cv.graph.emit("Mul", [total, cv.graph.emit("Mul", [unit, scale])])
+        return out if dtype == np.float32 else cv.cast(out, dtype)
     rows = thin(cv, qa.scale, order_a)
     if not _keeps(a) and not (len(a.free) == 1 and len(a.summed) == 1):
         rows = cv.reshaped(rows, [*a.sizes(a.batch), -1, 1])

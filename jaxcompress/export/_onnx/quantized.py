@@ -43,9 +43,10 @@ class Quantized:
       powers: whether scales are powers of two by definition of the format.
       site: name of the site that reads it.
       raw: what was rounded, where that is left to whoever reads it: `numbers` is then None.
-      stored: a value of codes, which QuantizeLinear gave for a known scale of the tensor: numbers
-        plus `shift`, uint8 or int8; else None.
+      stored: a value of codes, which QuantizeLinear gave for one scale of the tensor: numbers plus
+        `shift`, uint8 or int8; else None.
       shift: what is added to numbers in `stored`.
+      measured: names of the scale and the zero point of `stored`, where the model computes them.
     """
 
     numbers: Any
@@ -60,6 +61,7 @@ class Quantized:
     raw: Value | None = None
     stored: Value | None = None
     shift: int = 0
+    measured: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def constant(self) -> bool:

@@ -8,6 +8,7 @@ in that the exporter sees numbers, scales and zero points apart.
     jc_static(x, scale, zero) = jc_decode(clip(round(x / scale) + zero, low, high), scale, zero)
 
     jc_dynamic(x, scale)      the same with a scale that no value of x exceeds, without zero
+    jc_measured(x, scale, zero)    the same in uint8 with the least and largest value of all of x
 
 and of binary numbers, scale where x >= 0, else -scale.
 """
@@ -54,6 +55,7 @@ _SETTINGS = ("low", "high", "integers", "dtype", "powers", "site")
 decode_p = _compat.new_primitive("jc_decode", _decode, _SETTINGS)
 static_p = _compat.new_primitive("jc_static", _static, _SETTINGS)
 dynamic_p = _compat.new_primitive("jc_dynamic", _dynamic, _SETTINGS)
+measured_p = _compat.new_primitive("jc_measured", _static, _SETTINGS)
 
 
 def _about(fmt: Format, site: Site) -> dict[str, Any]:
@@ -124,6 +126,10 @@ class Exported(StatefulQuantizeAware):
                 return dynamic_p.bind(*args, jnp.zeros(()), **_about(q.format, site)).astype(
                     x.dtype
                 )
+            if _measured(q):
+                scale, zero = q.scales(x, axis)
+                args = x.astype(jnp.float32), scale, _zero(zero, scale)
+                return measured_p.bind(*args, **_about(q.format, site)).astype(x.dtype)
             codes = straight_through.codes_of(x, q, axis, ())
             about = _about(q.format, site)
             if codes.zero_point is not None and q.format.max > 127:
@@ -131,6 +137,12 @@ class Exported(StatefulQuantizeAware):
             numbers, zero = codes.codes.astype(jnp.float32), _zero(codes.zero_point, codes.scale)
             return decode_p.bind(numbers, codes.scale, zero, **about).astype(x.dtype)
         return rounded_operand(site, i, q, x, False).value
+
+
+def _measured(q: Quantizer) -> bool:
+    """Whether it is what DynamicQuantizeLinear computes."""
+    kind = q.range, q.format.name, q.granularity.kind, q.rounding, q.power_of_two
+    return kind == ("minmax", "uint8", "tensor", "half_even", None)
 
 
 def _of_packed(q: QTensor, site: Site) -> jax.Array:

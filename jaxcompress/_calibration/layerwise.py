@@ -46,7 +46,8 @@ class Item:
 
     Attributes:
       path: its key path.
-      v: the parameter as its sites see it, [*stack, *shape]; changed layer by layer.
+      read: gives the parameter as its sites see it, [*stack, *shape]: made when it is asked for,
+        since a transposed copy of every weight of a model would take as much memory as the model.
       undo: the way back to its own layout.
       name: the site whose input is looked at.
       rows: the layout of the weight there.
@@ -58,7 +59,7 @@ class Item:
     """
 
     path: str
-    v: jax.Array
+    read: Callable[[], jax.Array]
     undo: list
     name: str
     rows: Rows | None
@@ -68,22 +69,32 @@ class Item:
     done: list[Any] = dataclasses.field(default_factory=list)
 
     @property
+    def v(self) -> jax.Array:
+        """The parameter as its sites see it."""
+        return self.read()
+
+    @property
     def whole(self) -> bool:
         """Whether all layers were changed at once."""
-        return len(self.done) == 1 and jnp.ndim(self.values(self.done[0])) == self.v.ndim
+        return len(self.done) == 1 and _ndim(self.values, self.done[0]) == _ndim(self.read)
 
     def leaf(self) -> jax.Array:
         """The parameter in its own layout, with what is finished."""
-        v = self.v
         if self.whole:
             v = self.values(self.done[0])
-        elif self.done:
-            v = jnp.stack([self.values(q) for q in self.done] + list(v[len(self.done) :]))
+        else:
+            v = self.v
+            if self.done:
+                v = jnp.stack([self.values(q) for q in self.done] + list(v[len(self.done) :]))
         return array_undone(v, self.undo)
 
     def result(self) -> Any:
         """All that is finished, as the sites see it."""
         return self.done[0] if self.whole else jax.tree.map(lambda *x: jnp.stack(x), *self.done)
+
+
+def _ndim(f: Callable, *args: Any) -> int:
+    return jax.eval_shape(f, *args).ndim
 
 
 def run(

@@ -168,15 +168,14 @@ class _Program:
     """A function that collects, traced and compiled once; it keeps the function alive."""
 
     def __init__(self, fn: Callable, transform: Collect):
-        self.inner = Transformed(fn, transform)
+        self.inner, self.one_layer = Transformed(fn, transform), transform.one_layer
         self.step = jax.jit(self._step)
-        self._zeros: Any = None
+        self.start = jax.jit(self._start)
 
-    def start(self, args: tuple, kwargs: dict) -> Any:
-        """State before the first batch; it depends on the sites alone."""
-        if self._zeros is None:
-            _, self._zeros = self.inner.init(*args, **kwargs)
-        return self._zeros
+    def _start(self, args: tuple, kwargs: dict) -> Any:
+        """State before the first batch, of one layer if only one is looked at."""
+        _, state = self.inner.init(*args, **kwargs)
+        return jax.tree.map(lambda x: x[0], state) if self.one_layer else state
 
     def _step(self, learned: Any, state: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         _, state = self.inner.call(learned, state, args, kwargs)
@@ -227,8 +226,6 @@ def collect(
         check_arrays((batch.args, kwargs), number)
         if state is None:
             state = program.start(args, kwargs)
-            if layer is not None:
-                state = jax.tree.map(lambda x: x[0], state)
         state, fine = program.step(learned, state, args, kwargs)
         if bad := [name for name, ok in fine.items() if not np.asarray(ok)]:
             raise JaxCompressError(

@@ -33,6 +33,18 @@ def read(x: Any, reads: Sequence[tuple[str, Any, int]]) -> tuple[Any, Steps]:
     return x, undo[::-1]
 
 
+def shape_read(x: Any, reads: Sequence[tuple[str, Any, int]]) -> tuple[Any, Steps]:
+    """`read`, with the shape and dtype of the operand alone."""
+    undo: Steps = []
+
+    def seen(x: Any) -> Any:
+        v, steps = read(x, reads)
+        undo.extend(steps)
+        return v
+
+    return jax.eval_shape(seen, x), undo
+
+
 def array_undone(v: jax.Array, steps: Sequence[tuple[str, Any]]) -> jax.Array:
     """The array of an operand in the layout of the parameter."""
     for step, arg in steps:

@@ -14,6 +14,7 @@ from .._calibration import layerwise
 from .._calibration.layerwise import Item
 from .._calibration.rows import rows_of
 from .._core.qtensor import QTensor
+from .._core.reading import shape_read
 from .job import Job
 from .methods import Layer, Method
 from .weights import Weight, undone, weights_of
@@ -78,7 +79,7 @@ def round_weights(
 
 
 def _item(path: str, weight: Weight, x: Any, method: Method) -> Item:
-    v, undo = weight.read(x)
+    seen, undo = shape_read(x, weight.reads)
     layouts = [(site.name, rows_of(site, i)) for site, i in weight.uses]
     name, rows = next(((n, r) for n, r in layouts if r is not None), layouts[0])
 
@@ -87,10 +88,10 @@ def _item(path: str, weight: Weight, x: Any, method: Method) -> Item:
         return method.round(_layer(item, weight, v, statistics, number))
 
     def like(number: int | None) -> Any:
-        part = v if number is None else v[number]
-        return jax.eval_shape(_layer(item, weight, part, {}, number).nearest)
+        part = seen if number is None else jax.eval_shape(lambda v: v[number], seen)
+        return jax.eval_shape(lambda v: _layer(item, weight, v, {}, number).nearest(), part)
 
-    item = Item(path, v, undo, name, rows, solve, like)
+    item = Item(path, lambda: weight.read(x)[0], undo, name, rows, solve, like)
     return item
 
 

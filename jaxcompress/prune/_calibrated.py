@@ -20,7 +20,7 @@ from .._core.arguments import name_of
 from .._core.compressed import Compressed
 from .._core.provenance import split_path
 from .._core.qtensor import is_stored
-from .._core.reading import array_undone, read
+from .._core.reading import array_undone, read, shape_read
 from .._core.sites import Site
 from .._errors import JaxCompressError, RecipeError, SiteError
 from .._solvers import sparsity as rules
@@ -187,7 +187,8 @@ def _why_not(found: Sequence[tuple[Site, int]]) -> str:
 def _item(
     path: str, site: Site, i: int, x: Any, one: Prune, amount: Amount, shares: Mapping
 ) -> Item:
-    v, undo = read(x, site.operands[i].reads or ())
+    reads = site.operands[i].reads or ()
+    seen, undo = shape_read(x, reads)
     rows = rows_of(site, i)
     assert rows is not None
 
@@ -198,9 +199,16 @@ def _item(
         return Pruned(jnp.where(back(mask), back(w).astype(v.dtype), 0), back(mask))
 
     def like(number: int | None) -> Pruned:
-        return jax.eval_shape(lambda x: Pruned(x, x != 0), v if number is None else v[number])
+        def empty(v: jax.Array) -> Pruned:
+            v = v if number is None else v[number]
+            return Pruned(v, v != 0)
 
-    return Item(path, v, undo, site.name, rows, solve, like, lambda done: done.values)
+        return jax.eval_shape(empty, seen)
+
+    def seen_by_site() -> jax.Array:
+        return read(x, reads)[0]
+
+    return Item(path, seen_by_site, undo, site.name, rows, solve, like, lambda done: done.values)
 
 
 def _matrices(rows: Rows, v: jax.Array) -> jax.Array:

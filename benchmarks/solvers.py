@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer solvers against the published torch loops, and one program for all layers of a shape.
+"""Layer solvers and Hessians against the published torch loops; one program per shape of a layer.
 
 One layer of 4096 x 1024 weights, int4 with a scale an output unless said otherwise. Rows are timed
 in turn with their torch loop, A B A B, in one process on one core; a ratio is the median over the
-pairs of process CPU time. `python benchmarks/solvers.py [out] [in] [repeats]`; needs torch.
+pairs of process CPU time. `python benchmarks/solvers.py [out] [in] [repeats]`; needs torch, writes
+`benchmarks/logs/solvers.txt`.
 """
 
 import os
+import pathlib
 import platform
 import statistics
 import sys
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 from jaxcompress import formats
+from jaxcompress._calibration.collectors import COLLECTORS
 from jaxcompress._solvers.awq import awq
 from jaxcompress._solvers.cholesky import inverse_cholesky
 from jaxcompress._solvers.gptq import gptq
@@ -34,6 +37,7 @@ IN = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
 REPEATS = int(sys.argv[3]) if len(sys.argv) > 3 else 9
 BLOCK, GROUP, TOKENS = 128, 128, 2048
 MOST = {
+    "hessian": 0.55,
     "gptq": 0.4,
     "sparsegpt 2:4": 0.45,
     "wanda 2:4": 0.06,
@@ -41,7 +45,24 @@ MOST = {
     "awq": 0.2,
 }
 FIRST_CALL = {"gptq": 2.0}  # seconds: trace, compile and run
+LOG = pathlib.Path(__file__).parent / "logs" / "solvers.txt"
 torch.set_num_threads(1)
+
+
+class TorchHessian:
+    """`add_batch` of `gptq.py` of IST-DASLab/gptq, for sequences [n, tokens, in]."""
+
+    def __init__(self):
+        self.h, self.samples = torch.zeros(IN, IN), 0
+
+    def add(self, x):
+        n = x.shape[0]
+        x = x.reshape(-1, IN).t()
+        self.h *= self.samples / (self.samples + n)
+        self.samples += n
+        x = np.sqrt(2 / self.samples) * x.float()
+        self.h += x.matmul(x.t())
+        return self.h
 
 
 class Quantizer:
@@ -159,7 +180,16 @@ def main():
     W, H, N, A = (jnp.asarray(a) for a in (w, h, norm, magnitude))
     tw, th, tn, tx = (torch.tensor(a) for a in (w, h, norm, x))
     int4 = formats.int4
+    torch_hessian, sequences = TorchHessian(), tx.reshape(TOKENS // 128, 128, IN)
+    add = jax.jit(COLLECTORS["gram"].update, static_argnums=3, donate_argnums=0)
+    X, sums = jnp.asarray(x), [COLLECTORS["gram"].init((), IN)]
+
+    def hessian():
+        sums[0] = add(sums[0], X, jnp.float32(TOKENS), ())
+        return sums[0]
+
     rows = [
+        ("hessian", hessian, lambda: torch_hessian.add(sequences)),
         ("gptq", lambda: gptq(W, H, int4).w_q, lambda: torch_gptq(tw, th)),
         (
             "gptq g128",
@@ -177,11 +207,17 @@ def main():
         ),
     ]
     find_scales(W, int4)
-    print(
+    lines = []
+
+    def say(line):
+        print(line, flush=True)
+        lines.append(line)
+
+    say(
         f"jax {jax.__version__}, torch {torch.__version__}, {platform.machine()}, 1 core, "
         f"{OUT}x{IN}, {TOKENS} tokens, {REPEATS} repeats"
     )
-    print(f"{'row':16}{'torch ms':>10}{'ours ms':>10}{'ratio':>8}{'most':>7}{'first s':>9}  agree")
+    say(f"{'row':16}{'torch ms':>10}{'ours ms':>10}{'ratio':>8}{'most':>7}{'first s':>9}  agree")
     failed = False
     for name, own, loop in rows:
         first = seconds(own)
@@ -189,6 +225,9 @@ def main():
         ratio = statistics.median(b / a for a, b in pairs)
         theirs, ours = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
         a, b = np.asarray(own()), np.asarray(loop())
+        if name == "hessian":  # both are sums over all calls, with other factors
+            a = np.asarray(COLLECTORS["gram"].finish(a))
+            a, b = a / a[0, 0], b / b[0, 0]
         if name == "awq":
             agree = float(abs(a * 20 - b) < 0.5)
         else:
@@ -196,11 +235,11 @@ def main():
         most, slowest = MOST.get(name), FIRST_CALL.get(name)
         failed |= most is not None and ratio > most
         failed |= slowest is not None and first > slowest
-        print(
+        say(
             f"{name:16}{theirs:10.1f}{ours:10.1f}{ratio:8.3f}{most or '':>7}{first:9.2f}  "
-            f"{agree:.4f}",
-            flush=True,
+            f"{agree:.4f}"
         )
+    LOG.write_text("\n".join(lines) + "\n")
     sys.exit(failed)
 
 

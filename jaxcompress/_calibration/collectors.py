@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+_LARGE, _PARTS = 256, 4  # channels from which a Gram matrix is summed in parts, and how many
+
 
 class Collector(NamedTuple):
     """A statistic of inputs.
@@ -52,11 +54,28 @@ def _summed(shape: Callable[[int], tuple[int, ...]], measure: Callable) -> Colle
 
 
 def _gram(x: jax.Array, _: Any) -> jax.Array:
+    """sum x xᵀ; below the diagonal perhaps zeros, which saves up to 3/8 of the work."""
     spec = jax.typeof(x).sharding.spec  # of the axes of a mesh that are explicit
-    summed = PartitionSpec(*spec[:-2], None, None) if any(spec) else None
+    if any(spec):
+        return _outer(x, x, PartitionSpec(*spec[:-2], None, None))
+    n = x.shape[-1]
+    step = -(-n // _PARTS) if n >= _LARGE else n
+    rows = []
+    for i in range(0, n, step):
+        row = _outer(x[..., i : i + step], x[..., i:], None)
+        rows.append(jnp.pad(row, [(0, 0)] * (x.ndim - 1) + [(i, 0)]))
+    return jnp.concatenate(rows, -2)
+
+
+def _outer(a: jax.Array, b: jax.Array, sharding: PartitionSpec | None) -> jax.Array:
     return jnp.einsum(
-        "...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST, out_sharding=summed
+        "...ti,...tj->...ij", a, b, precision=lax.Precision.HIGHEST, out_sharding=sharding
     )
+
+
+def _mirrored(gram: jax.Array) -> jax.Array:
+    """The whole matrix from what is on and above its diagonal."""
+    return jnp.triu(gram) + jnp.swapaxes(jnp.triu(gram, 1), -1, -2)
 
 
 def _averaged(measure: Callable) -> Collector:
@@ -104,6 +123,6 @@ COLLECTORS: Mapping[str, Collector] = types.MappingProxyType(
         "mean": _averaged(lambda x, _: jnp.sum(x, -2)),
         "magnitude": _averaged(lambda x, _: jnp.sum(jnp.abs(x), -2)),
         "norm": _norm._replace(finish=jnp.sqrt),
-        "gram": _summed(lambda n: (n, n), _gram),
+        "gram": _summed(lambda n: (n, n), _gram)._replace(finish=_mirrored),
     }
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Item:
       like: `like(layer)`, the shapes and dtypes of what `solve` returns.
       values: from what `solve` returns to an array like v.
       done: what is finished: the whole, or the layers so far.
+      seconds: that this took, without calibration.
     """
 
     path: str
@@ -67,6 +69,7 @@ class Item:
     like: Callable[[int | None], Any]
     values: Callable[[Any], jax.Array] = dequantized
     done: list[Any] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def v(self) -> jax.Array:
@@ -166,7 +169,9 @@ def _stage(
         _enough(data, item, statistics["count"], name, needs)
         v = item.v if stage.layer is None else item.v[stage.layer]
         try:
-            out.append(item.solve(v, statistics, stage.layer))
+            start = time.perf_counter()
+            out.append(jax.block_until_ready(item.solve(v, statistics, stage.layer)))
+            item.seconds += time.perf_counter() - start
         except JaxCompressError as error:
             raise type(error)(f"`{n}`: {error}") from error
         check_result(item, out[-1])

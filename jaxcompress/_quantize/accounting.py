@@ -35,6 +35,8 @@ class Row:
       source: `file:line` of the operation.
       gradient: format of what flows back into the site; None if no rule says one.
       weight_snr_db: power of the weight over that of its error, in dB; of `jc.quantize` only.
+      seconds: that rounding the weight took, without calibration; of `jc.quantize` only, and on the
+        first of the rows that read the weight.
     """
 
     site: str
@@ -49,6 +51,7 @@ class Row:
     source: str
     gradient: str | None = None
     weight_snr_db: float | None = None
+    seconds: float | None = dataclasses.field(default=None, compare=False)
 
 
 def rows_of(traced: Traced, recipe: Recipe, snr: Mapping[str, float]) -> list[Row]:

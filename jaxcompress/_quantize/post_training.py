@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,15 +97,16 @@ def quantize(
         held = _calibrated(job)
     serving = Recipe([_frozen(rule) for rule in chosen.rules], chosen.name)
     job = dataclasses.replace(job, recipe=serving)
-    packed, noise = round_weights(
+    rounded = round_weights(
         job, rounding, held=held, sequential=sequential, checkpoint_dir=checkpoint_dir
     )
+    packed = {path: r.packed for path, r in rounded.items()}
     for step in steps:
         job = job if step.correct is None else step.correct(job, packed)
     small = job.with_parameters(packed)
     fine = compare(fn, job.fn, serving, weights, small, held, job.inputs)
     rows = rows_of(job.trace(), serving, fine)
-    report = _report(fn, job, rows, noise, steps)
+    report = _report(fn, job, rows, rounded, steps)
     if needs_state(serving):
         assert held is not None
         small = QuantParams(small, held.learned, held.statistics)
@@ -174,13 +175,17 @@ def _frozen(rule: Any) -> Any:
 
 
 def _report(
-    fn: Callable, job: Job, rows: Sequence[Any], noise: dict, steps: Sequence[Method]
+    fn: Callable, job: Job, rows: Sequence[Any], rounded: Mapping, steps: Sequence[Method]
 ) -> Report:
     """The rows of the function, with what the methods found out about its parameters."""
     names = "+".join(m.name for m in steps)
-    out = []
+    out, seen = [], set()
     for row in rows:
         path = row.site.split("#")[0]
+        found = rounded.get(path)
+        snr = None if found is None else found.snr_db
+        seconds = None if found is None or path in seen else found.seconds
+        seen.add(path)
         note = "; ".join(dict.fromkeys(filter(None, (row.reason, job.notes.get(path)))))
-        out.append(dataclasses.replace(row, weight_snr_db=noise.get(path), reason=note))
+        out.append(dataclasses.replace(row, weight_snr_db=snr, seconds=seconds, reason=note))
     return Report(name_of(fn), f"{job.recipe.name}, method {names}", tuple(out))

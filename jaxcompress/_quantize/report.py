@@ -27,10 +27,11 @@ from .recipe import Recipe
 
 _COLUMNS: tuple[str, ...] = (
     "site", "op", "shape", "weight", "activation", "gradient", "bytes before", "after",
-    "weight SNR dB", "SNR dB", "left alone because",
+    "weight SNR dB", "SNR dB", "seconds", "left alone because",
 )  # fmt: skip
-_NUMBERS = ("bytes before", "after", "weight SNR dB", "SNR dB")
-_IF_ANY = {"gradient": "gradient", "weight SNR dB": "weight_snr_db"}  # columns and their fields
+_NUMBERS = ("bytes before", "after", "weight SNR dB", "SNR dB", "seconds")
+# Columns that are there if there is something to say, and their fields.
+_IF_ANY = {"gradient": "gradient", "weight SNR dB": "weight_snr_db", "seconds": "seconds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _texts(row: Row) -> tuple[str, ...]:
         f"{row.bytes_after:,}",
         "" if row.weight_snr_db is None else f"{row.weight_snr_db:.1f}",
         "" if row.snr_db is None else f"{row.snr_db:.1f}",
+        "" if row.seconds is None else f"{row.seconds:.2f}",
         row.reason,
     )
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,14 @@ from .methods import Layer, Method
 from .weights import Weight, undone, weights_of
 
 
+class Rounded(NamedTuple):
+    """A parameter in storage, the SNR of its values in dB, and the seconds that rounding took."""
+
+    packed: QTensor
+    snr_db: float
+    seconds: float
+
+
 def round_weights(
     job: Job,
     method: Method,
@@ -27,8 +36,8 @@ def round_weights(
     held: Any = None,
     sequential: bool | None = None,
     checkpoint_dir: Any = None,
-) -> tuple[dict[str, QTensor], dict[str, float]]:
-    """(by key path the packed parameters, by key path the SNR of their values in dB).
+) -> dict[str, Rounded]:
+    """By key path the packed parameters.
 
     Args:
       job: the function with its float parameters.
@@ -58,7 +67,9 @@ def round_weights(
             if method.needs:
                 job.notes[path] = f"rounded to nearest, not by {method.name}: {why}"
             plain = method.needs or weight.quantizer.special  # a range of its own stays
-            item.done = [layer.nearest() if plain else method.round(layer)]
+            start = time.perf_counter()
+            item.done = [jax.block_until_ready(layer.nearest() if plain else method.round(layer))]
+            item.seconds = time.perf_counter() - start
             layerwise.check_result(item, item.done[0])
             nearest.append(item)
     layerwise.run(
@@ -70,12 +81,13 @@ def round_weights(
         checkpoint_dir=checkpoint_dir,
         key=[repr(method.settings), job.recipe.to_json()],
     )
-    packed, noise = {}, {}
+    out = {}
     for item in (*nearest, *solved.values()):
         q = item.result()
-        noise[item.path] = _snr(item.v, q)
-        packed[item.path] = undone(q, item.undo)
-    return packed, noise
+        packed = undone(q, item.undo)
+        assert packed is not None
+        out[item.path] = Rounded(packed, _snr(item.v, q), item.seconds)
+    return out
 
 
 def _item(path: str, weight: Weight, x: Any, method: Method) -> Item:

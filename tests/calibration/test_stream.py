@@ -88,6 +88,18 @@ def layers(params, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, params["w"])[0]
 
 
+@pytest.mark.parametrize(("lead", "n"), [((), 256), ((), 301), ((2,), 1023)])
+def test_gram_of_many_channels(lead, n):
+    """Summed in parts of the channels, also of sizes that do not divide."""
+    gram, rng = COLLECTORS["gram"], np.random.default_rng(0)
+    state, want = gram.init(lead, n), 0.0
+    for tokens in (5, 8):
+        x = rng.normal(size=(*lead, tokens, n)).astype(np.float32)
+        state = jax.jit(gram.update)(state, x, np.full(lead, tokens), ())
+        want = want + np.einsum("...ti,...tj->...ij", x, x, dtype=np.float64)
+    np.testing.assert_allclose(gram.finish(state), want, atol=1e-4)
+
+
 def test_one_layer_of_a_scan_equals_that_of_all_and_runs_no_other():
     params, x = {"w": jnp.asarray(rng(4, 3, 3))}, rng(6, 3, seed=1)
     whole = collect(layers, params, Batches([x]), {"w": ("gram",)})["w"]["gram"]

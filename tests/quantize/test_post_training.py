@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jc.quantize`: what is served equals what was trained, packed, whatever the model looks like."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +134,9 @@ def test_clip_search_errs_less_than_every_factor_tried_by_hand():
 
 def test_the_report_measures_weights_and_results():
     params, _ = make()
+    start = time.perf_counter()
     small = jc.quantize(scanned, params, "w4a16-g32", calibration=DATA)
+    wall = time.perf_counter() - start
     rows = {row.site: row for row in small.report.rows}
     w, q = params["head"], small.params["head"].dequantize()
     snr = 10 * np.log10(float(jnp.sum(w**2) / jnp.sum((w - q) ** 2)))
@@ -141,6 +145,9 @@ def test_the_report_measures_weights_and_results():
     snr = 10 * np.log10(float(jnp.sum(clean**2) / jnp.sum((clean - noisy) ** 2)))
     assert rows["head"].snr_db == pytest.approx(snr, abs=1e-2)  # what the function returns
     assert rows["layers/g"].reason.startswith("read by no matmul")
+    took = [row.seconds for row in small.report.rows if row.weight_snr_db is not None]
+    assert took and all(t > 0 for t in took) and sum(took) < wall
+    assert rows["layers/g"].seconds is None and "seconds" in str(small.report)
     assert "weight SNR dB" in str(small.report) and '"weight_snr_db"' in small.report.to_json()
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch_loops
 
 from jaxcompress import formats
 from jaxcompress._calibration.collectors import COLLECTORS
@@ -35,7 +36,7 @@ from jaxcompress._solvers.wanda import wanda
 OUT = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
 IN = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
 REPEATS = int(sys.argv[3]) if len(sys.argv) > 3 else 9
-BLOCK, GROUP, TOKENS = 128, 128, 2048
+GROUP, TOKENS = 128, 2048
 MOST = {
     "hessian": 0.55,
     "gptq": 0.4,
@@ -47,121 +48,6 @@ MOST = {
 FIRST_CALL = {"gptq": 2.0}  # seconds: trace, compile and run
 LOG = pathlib.Path(__file__).parent / "logs" / "solvers.txt"
 torch.set_num_threads(1)
-
-
-class TorchHessian:
-    """`add_batch` of `gptq.py` of IST-DASLab/gptq, for sequences [n, tokens, in]."""
-
-    def __init__(self):
-        self.h, self.samples = torch.zeros(IN, IN), 0
-
-    def add(self, x):
-        n = x.shape[0]
-        x = x.reshape(-1, IN).t()
-        self.h *= self.samples / (self.samples + n)
-        self.samples += n
-        x = np.sqrt(2 / self.samples) * x.float()
-        self.h += x.matmul(x.t())
-        return self.h
-
-
-class Quantizer:
-    """Absmax to -7 ... 7, for each row."""
-
-    def find(self, w):
-        self.scale = w.abs().amax(1, keepdim=True) / 7
-
-    def __call__(self, w):
-        return torch.clamp(torch.round(w / self.scale), -7, 7) * self.scale
-
-
-def torch_factor(hessian):
-    h = hessian.clone()
-    h[range(IN), range(IN)] += 0.01 * torch.mean(torch.diag(h))
-    h = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(h, upper=True)
-
-
-def torch_gptq(w, hessian, group=None):
-    """`gptq.py` of IST-DASLab/gptq."""
-    w, u, quantizer = w.clone(), torch_factor(hessian), Quantizer()
-    quantizer.find(w)
-    losses, q = torch.zeros_like(w), torch.zeros_like(w)
-    for i1 in range(0, IN, BLOCK):
-        i2 = min(i1 + BLOCK, IN)
-        w1 = w[:, i1:i2].clone()
-        q1, errors, loss1 = (torch.zeros_like(w1) for _ in range(3))
-        u1 = u[i1:i2, i1:i2]
-        for i in range(i2 - i1):
-            column, d = w1[:, i], u1[i, i]
-            if group and (i1 + i) % group == 0:
-                quantizer.find(w[:, i1 + i : i1 + i + group])
-            q_ = quantizer(column.unsqueeze(1)).flatten()
-            q1[:, i] = q_
-            loss1[:, i] = (column - q_) ** 2 / d**2
-            error = (column - q_) / d
-            w1[:, i:] -= error.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
-            errors[:, i] = error
-        q[:, i1:i2], losses[:, i1:i2] = q1, loss1 / 2
-        w[:, i2:] -= errors.matmul(u[i1:i2, i2:])
-    return q
-
-
-def torch_sparsegpt(w, hessian, n=2, m=4):
-    """`sparsegpt.py` of IST-DASLab/sparsegpt."""
-    w, u = w.clone(), torch_factor(hessian)
-    losses = torch.zeros(OUT)
-    for i1 in range(0, IN, BLOCK):
-        i2 = min(i1 + BLOCK, IN)
-        w1 = w[:, i1:i2].clone()
-        q1, errors, loss1 = (torch.zeros_like(w1) for _ in range(3))
-        u1 = u[i1:i2, i1:i2]
-        mask = torch.zeros_like(w1) == 1
-        for i in range(i2 - i1):
-            column, d = w1[:, i], u1[i, i]
-            if i % m == 0:
-                scores = w1[:, i : i + m] ** 2 / (torch.diag(u1)[i : i + m].reshape((1, -1))) ** 2
-                mask.scatter_(1, i + torch.topk(scores, n, dim=1, largest=False)[1], True)
-            q = column.clone()
-            q[mask[:, i]] = 0
-            q1[:, i] = q
-            loss1[:, i] = (column - q) ** 2 / d**2
-            error = (column - q) / d
-            w1[:, i:] -= error.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
-            errors[:, i] = error
-        w[:, i1:i2] = q1
-        losses += torch.sum(loss1, 1) / 2
-        w[:, i2:] -= errors.matmul(u[i1:i2, i2:])
-    return w
-
-
-def torch_wanda(w, norm, nm=None):
-    """`prune.py` of locuslab/wanda."""
-    scores = torch.abs(w) * norm.reshape((1, -1))
-    mask = torch.zeros_like(scores) == 1
-    if nm:
-        for i in range(0, IN, nm[1]):
-            part = scores[:, i : i + nm[1]].float()
-            mask.scatter_(1, i + torch.topk(part, nm[0], dim=1, largest=False)[1], True)
-    else:
-        order = torch.sort(scores, dim=-1, stable=True)[1]
-        mask.scatter_(1, order[:, : int(IN * 0.5)], True)
-    return ~mask
-
-
-def torch_awq(w, x):
-    """`auto_scale.py` of llm-awq, for one linear layer."""
-    wanted, magnitude = x @ w.T, x.abs().mean(0)
-    losses = []
-    for ratio in range(20):
-        s = magnitude.pow(ratio / 20).clamp(min=1e-4)
-        s = s / (s.max() * s.min()).sqrt()
-        scaled = (w * s).reshape(-1, GROUP)
-        quantizer = Quantizer()
-        quantizer.find(scaled)
-        out = x @ (quantizer(scaled).reshape(w.shape) / s).T
-        losses.append((wanted - out).float().pow(2).mean().item())
-    return int(np.argmin(losses))
 
 
 def seconds(fn):
@@ -180,7 +66,7 @@ def main():
     W, H, N, A = (jnp.asarray(a) for a in (w, h, norm, magnitude))
     tw, th, tn, tx = (torch.tensor(a) for a in (w, h, norm, x))
     int4 = formats.int4
-    torch_hessian, sequences = TorchHessian(), tx.reshape(TOKENS // 128, 128, IN)
+    torch_hessian, sequences = torch_loops.Hessian(IN), tx.reshape(TOKENS // 128, 128, IN)
     add = jax.jit(COLLECTORS["gram"].update, static_argnums=3, donate_argnums=0)
     X, sums = jnp.asarray(x), [COLLECTORS["gram"].init((), IN)]
 
@@ -190,20 +76,24 @@ def main():
 
     rows = [
         ("hessian", hessian, lambda: torch_hessian.add(sequences)),
-        ("gptq", lambda: gptq(W, H, int4).w_q, lambda: torch_gptq(tw, th)),
+        ("gptq", lambda: gptq(W, H, int4).w_q, lambda: torch_loops.gptq(tw, th)[0]),
         (
             "gptq g128",
             lambda: gptq(W, H, int4, group_size=GROUP).w_q,
-            lambda: torch_gptq(tw, th, GROUP),
+            lambda: torch_loops.gptq(tw, th, GROUP)[0],
         ),
-        ("cholesky", lambda: inverse_cholesky(H).u, lambda: torch_factor(th)),
-        ("sparsegpt 2:4", lambda: sparsegpt(W, H, nm=(2, 4)).w, lambda: torch_sparsegpt(tw, th)),
-        ("wanda 2:4", lambda: wanda(W, N, nm=(2, 4)), lambda: torch_wanda(tw, tn, (2, 4))),
-        ("wanda 50 %", lambda: wanda(W, N, sparsity=0.5), lambda: torch_wanda(tw, tn)),
+        ("cholesky", lambda: inverse_cholesky(H).u, lambda: torch_loops.factor(th)),
+        (
+            "sparsegpt 2:4",
+            lambda: sparsegpt(W, H, nm=(2, 4)).w,
+            lambda: torch_loops.sparsegpt(tw, th),
+        ),
+        ("wanda 2:4", lambda: wanda(W, N, nm=(2, 4)), lambda: torch_loops.wanda(tw, tn, (2, 4))),
+        ("wanda 50 %", lambda: wanda(W, N, sparsity=0.5), lambda: torch_loops.wanda(tw, tn)),
         (
             "awq",
             lambda: awq(W, H, A, int4, group_size=GROUP).ratio,
-            lambda: torch_awq(tw, tx),
+            lambda: torch_loops.awq(tw, tx, GROUP),
         ),
     ]
     find_scales(W, int4)

@@ -135,6 +135,36 @@ def time_ratios():
                     found.append(time.perf_counter() - begin)
         before, after = (1e3 * statistics.median(t) for t in times)
         print(f"{what}: {before:.1f} ms -> {after:.1f} ms, {after / before:.2f}")
+    in_onnxruntime(pairs, x)
+
+
+def in_onnxruntime(pairs, x):
+    """Latency of the net and of the small net in onnxruntime, float and int8, one thread.
+
+    The last convolution stays in float: its result is not rounded, and onnxruntime's only integer
+    kernel for that, ConvInteger, is slower than one in float.
+    """
+    import tempfile
+
+    import deploy
+
+    batch = jax.export.symbolic_shape("batch, 784")
+    static = jc.Quantizer("uint8", "tensor", range="static")
+    recipe = jc.Recipe([jc.Rule("conv3/*", None), jc.Rule("*", "int8", static)], "w8a8")
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {}
+        for name, (fn, params) in zip(("original", "small"), pairs):
+            packed = jc.quantize(fn, params, recipe, calibration=[x[:256]])
+            for kind, (f, p) in {"float": (fn, params), "int8": packed[:2]}.items():
+                path = f"{folder}/{name} {kind}.onnx"
+                model = jc.export.onnx(f, p, jax.ShapeDtypeStruct(batch, x.dtype), path=path)
+                assert np.allclose(model.run(x[:100]), jax.jit(f)(p, x[:100]), atol=0.1)
+                sessions[f"{name} {kind}"] = deploy.session(path)
+        feed = next(iter(sessions.values())).get_inputs()[0].name
+        for n in (1, 32):
+            times = deploy.latencies(sessions, feed, x[:n])
+            ratios = {k: f"{t / times['original float']:.2f}" for k, t in times.items()}
+            print(f"onnxruntime, batch {n}: {times['original float']:.3f} ms, {ratios}")
 
 
 def shrunk(config, params, data):

@@ -325,6 +325,9 @@ def test_shrunk_then_int8_then_exported(tmp_path):
     want = packed.fn(packed.params, X)
     artifact = jc.export.stablehlo(packed.fn, packed.params, X, path=tmp_path / "small.jaxc")
     np.testing.assert_allclose(jc.export.load(artifact.path).run(X), want, atol=1e-5)
+    onnx = jc.export.onnx(packed.fn, packed.params, X, path=tmp_path / "small.onnx")
+    np.testing.assert_allclose(jc.export.load(onnx.path).run(X), want, atol=1e-5)
+    assert all("Integer" in row.runs for row in onnx.audit().rows)
     error = np.abs(want - small.fn(small.params, X)).max()
     assert error < 0.05 * np.abs(want).max()
 

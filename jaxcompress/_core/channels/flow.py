@@ -24,7 +24,7 @@ def _reshape(walk: Walk, n: Node, i: int, eqn: Any, ins: list[Dims]) -> list[Dim
         sizes = [shape[k]]
         k += 1
         while (m := math.prod(t.size for t in took)) != (s := math.prod(sizes)):
-            if m < s:
+            if m <= s:  # decided for symbolic sizes too, as m < s is not
                 took.append(todo.pop(0))
             else:
                 sizes.append(shape[k])

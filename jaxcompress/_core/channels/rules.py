@@ -111,7 +111,9 @@ def _without_ones(eqn: Any, found: Rule) -> Rule:
     sides = (*zip(found.ins, eqn.invars), *zip(found.outs, eqn.outvars))
     for labels, v in sides:
         for x, n in zip(labels, v.aval.shape):
-            size[x] = max(n, size.get(x, 0))
+            old = size.setdefault(x, n)
+            if old != n and (old == 1 or (n != 1 and n > old)):  # symbolic ones are equal or 1
+                size[x] = n
 
     def own(side: str, lists: Sequence, variables: Sequence) -> list[list[Label]]:
         return [

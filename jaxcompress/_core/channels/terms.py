@@ -30,7 +30,7 @@ class Leaf:
     __slots__ = ("size", "pin", "mixed", "to")
 
     def __init__(self, size: int, pin: str | None = None):
-        self.size, self.pin, self.mixed = int(size), pin, False
+        self.size, self.pin, self.mixed = size, pin, False
         self.to: Term | None = None
 
 

@@ -80,3 +80,21 @@ def test_the_small_function_is_a_function(name):
         assert distance(small.fn(small.params, *(x[:1] for x in inputs)), out[:1]) < TOLERANCE
     again = jc.prune.shrink(small.fn, small.params, *inputs, keep=0.5)
     assert again.report.bytes[1] < small.report.bytes[1]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_size_may_be_open(name):
+    """The small function is exported once for batches of every size."""
+    fn, params, inputs = NETS[name]()
+    axis = 1 if name in ("relu_rnn", "lstm", "gru") else 0  # the first is time
+    (size,) = jax.export.symbolic_shape("batch")
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape[:axis] + (size,) + x.shape[axis + 1 :], x.dtype)
+        for x in inputs
+    ]
+    small = jc.prune.shrink(fn, params, *inputs, keep=0.5)
+    exported = jax.export.export(jax.jit(small.fn))(small.params, *shapes)
+    for count in (1, 3):
+        batch = [jnp.concatenate([x] * count, axis) for x in inputs]
+        found, want = exported.call(small.params, *batch), small.fn(small.params, *batch)
+        assert distance(found, want) < TOLERANCE

@@ -13,6 +13,7 @@ from .convert import Converter, rule, shrunk
 from .decode import scale_names
 from .dot import quantized_by_first_axis, thin, unsigned
 from .graph import Value
+from .patches import integer_conv
 from .quantized import Packed, Quantized
 from .shape import padded
 
@@ -131,7 +132,7 @@ def _stored(cv: Converter, numbers: Any, qx: Quantized, qw: Quantized, spatial: 
 
 
 def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> str | None:
-    """ConvInteger, then the scales of examples and of channels."""
+    """The convolution of integers, then the scales of examples and of channels."""
     qx, qw = x.quantized, w.quantized
     assert qx is not None and qw is not None
     packed = _channels(_laid_out(cv, qw, numbers.rhs_spec))
@@ -151,9 +152,4 @@ def _dynamic(cv: Converter, numbers: Any, x: Value, w: Value, spatial: dict) -> 
         found, point = unsigned(cv, qx)
         codes = cv.tensor(found, numbers.lhs_spec)
     rows, point = qx.measured or (rows, cv.graph.constant(np.uint8(point)))
-    inputs = [codes, cv.graph.constant(packed.codes, qw.site), point]
-    total = cv.cast(cv.graph.emit("ConvInteger", inputs, **spatial), np.float32)
-    wide = packed.scale.reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float32)
-    return cv.graph.emit(
-        "Mul", [cv.graph.emit("Mul", [total, rows]), cv.graph.constant(wide, f"{qw.site}.scale")]
-    )
+    return integer_conv(cv.graph, codes, packed.codes, point, [rows], packed.scale, spatial)

@@ -4,7 +4,7 @@
     MatMul(dq, dq) + bias            Gemm with the bias in int32, of scale s_x s_w
     Conv(dq, dq) + bias              Conv with the bias in int32
     Q(MaxPool(Relu(Conv)))           MaxPool(Clip(Q(Conv))): on codes, which order as values do
-    Conv(dq, dq) without a Q         ConvInteger * s_x s_w + bias
+    Conv(dq, dq) without a Q         the product of integers with its patches * s_x s_w + bias
     MatMul(x, dq) + bias             MatMul(x, dq) - (-bias): else they become a Gemm in floats
 
 The third is exact: each of those operations is monotone and maps 0 to 0, and rounding to a grid
@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 
 from .graph import SITE, Graph, names_read
+from .patches import integer_conv
 
 _ON_CODES = ("Relu", "Clip", "MaxPool", "Transpose", "Reshape")
 
@@ -236,7 +237,7 @@ def _ends(
 
 
 def _integer_convs(graph: Graph, outputs: list[str]) -> None:
-    """A convolution whose result is not quantized, which no kernel takes, as ConvInteger."""
+    """A convolution whose result is not quantized, which no kernel takes, as a product."""
     view = View(graph, outputs)
     for conv in [n for n in graph.nodes if n.op_type == "Conv"]:
         found = view.integers(conv)
@@ -247,43 +248,21 @@ def _integer_convs(graph: Graph, outputs: list[str]) -> None:
         sx, sw = (view.constant(n) for n in (x.input[1], w.input[1]))
         codes = view.constant(w.input[0])
         assert sx is not None and sw is not None and codes is not None
-        rank = codes.ndim
-        at = graph.nodes.index(conv)
-        scale = (sx * sw).astype(np.float32).reshape(-1)
-        shape = (1, -1, *[1] * (rank - 2))
-        site = conv.name.split(SITE)[0] + SITE
-        total, real, scaled = (graph.fresh(site + n) for n in ("ConvInteger", "Cast", "Mul"))
-        make = onnx.helper.make_node
-        integer = make("ConvInteger", [x.input[0], w.input[0], x.input[2]], [total], name=total)
-        integer.attribute.extend(conv.attribute)
-        new = [
-            integer,
-            make("Cast", [total], [real], name=real, to=onnx.TensorProto.FLOAT),
-            make(
-                "Mul",
-                [
-                    real,
-                    graph.constant(scale.reshape(shape) if scale.size > 1 else scale.reshape(())),
-                ],
-                [scaled],
-                name=scaled,
-            ),
-        ]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in conv.attribute}
+        at, count = graph.nodes.index(conv), len(graph.nodes)
+        graph.scope = conv.name.split(SITE)[0] + SITE
+        out = integer_conv(graph, x.input[0], codes, x.input[2], [], sx * sw, attributes)
         if len(conv.input) > 2:
             merged = view.decoded(conv.input[2])
             assert merged is not None
             whole, unit = (view.constant(n) for n in merged.input[:2])
             bias = (whole * unit).astype(np.float32)  # type: ignore[operator]
-            new.append(
-                make(
-                    "Add",
-                    [scaled, graph.constant(bias.reshape(shape))],
-                    [conv.output[0]],
-                    name=conv.name,
-                )
-            )
-        else:
-            new[-1].output[0] = conv.output[0]
+            shape = (1, -1, *[1] * (codes.ndim - 2))
+            graph.emit("Add", [out, graph.constant(bias.reshape(shape))])
+        graph.scope = ""
+        new = graph.nodes[count:]
+        del graph.nodes[count:]
+        new[-1].output[0] = conv.output[0]
         graph.nodes[at : at + 1] = new
         view = View(graph, outputs)
 

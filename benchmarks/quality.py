@@ -131,6 +131,13 @@ def grouped(bits):
     return jc.Recipe([table, jc.Rule("*", jc.Quantizer(f"int{bits}", "group:32"))], f"w{bits}-g32")
 
 
+def all_codes():
+    """All sixteen codes of int4, as qwix and onnxruntime use them."""
+    table = jc.Rule("*", "int8", op="gather")
+    four = jc.Quantizer("int4_full", "group:32", convention="signed")
+    return jc.Recipe([table, jc.Rule("*", four)], "w4-full")
+
+
 def channels(bits):
     return jc.Recipe([jc.Rule("*", jc.Quantizer(f"int{bits}", "channel"))], f"w{bits}")
 
@@ -154,6 +161,7 @@ ROWS = {
         ("w4-g32", "qwix, to nearest", of_qwix, "ptq", INT4),
         ("w4-g32", "onnxruntime", of_onnxruntime, "nbits", {"block_size": 32}),
         ("w4-g32", "ours, rtn", ours, "rtn", grouped(4)),
+        ("w4-g32", "ours, rtn, int4_full", ours, "rtn", all_codes()),
         ("w4-g32", "ours, mse", ours, "mse", grouped(4)),
         ("w4-g32", "qwix, AWQ", of_qwix, "awq", INT4),
         ("w4-g32", "ours, awq", ours, "awq", grouped(4)),

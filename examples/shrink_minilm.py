@@ -35,7 +35,7 @@ ROWS = {  # what is kept, the importance, the repair
     "5 of 6 layers": ({LAYERS: 5}, "wanda", None),
 }
 DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-TEXTS, TOKENS, STEPS, BATCH, RATE = 2000, 96, 800, 16, 1e-4
+TEXTS, TOKENS, STEPS, BATCH, RATE = 2000, 96, 1200, 16, 1e-4
 
 
 def paragraphs():

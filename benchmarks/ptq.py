@@ -112,12 +112,11 @@ def main():
 
     rows = []
     for _ in range(3):
-        float_, _ = timed(base)
+        float_ = timed(base)[0]
         compiling.seconds = 0.0
         with Held() as held:
-            whole, small = timed(solve)
+            whole = timed(solve)[0]
         rows.append((float_, whole, compiling.seconds, held.most))
-        del small
     float_, whole, compiled, most = (statistics.median(c) for c in zip(*rows, strict=True))
     say(
         f"float pass with Hessians {float_:.2f} s; whole GPTQ {whole:.2f} s, of which compiling "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPTS = ("qat.py", "integer.py", "scale.py")
+SHORT = {"qat.py": ["--only", "mlp,decoder"]}
 
 
 def main():
@@ -31,7 +32,7 @@ def main():
         )
     for script in SCRIPTS:
         start = time.perf_counter()
-        more = ["--short"] if args.short else ["--out", str(args.out)]
+        more = SHORT.get(script, []) + ["--short"] if args.short else ["--out", str(args.out)]
         subprocess.run([sys.executable, str(HERE / script), *more], check=True)
         print(f"{script}: {time.perf_counter() - start:.0f} s", flush=True)
 

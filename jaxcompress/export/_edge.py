@@ -35,8 +35,9 @@ def onnx(
 
     Weights are stored packed. Stored ranges (`w8a8-static`) become QuantizeLinear and
     DequantizeLinear around Gemm, MatMul and Conv, biases int32; ranges that are found from the
-    values (`w8a8`) MatMulInteger and ConvInteger; weights alone DequantizeLinear. What depends on
-    parameters only is computed now. Scans over stacked layers are written out, others are a Scan.
+    values (`w8a8`) MatMulInteger, of patches for convolutions; weights alone DequantizeLinear. What
+    depends on parameters only is computed now. Scans over stacked layers are written out, others
+    are a Scan.
 
     Args:
       fn: a pure function that JAX can trace, compressed or not.

@@ -67,8 +67,8 @@ class Minifloat(Format):
 
     def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
         v = lax.clamp(np.float32(self.min), jnp.asarray(v), np.float32(self.max))
-        if rounding == "half_even" and self.name in ("float8_e4m3fn", "float8_e5m2"):
-            return v.astype(self.dtype).astype(jnp.float32)  # the cast that hardware has
+        # Not by a cast there and back: XLA removes such pairs (xla_allow_excess_precision) on GPUs,
+        # and the rounding with them. On CPUs this is 3 times faster, too.
         lowest, M = 1 - self.bias, self.mantissa_bits
         exponent = lax.max(_exponent(v), np.int32(lowest))
         step = np.int32(M)

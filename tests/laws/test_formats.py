@@ -7,6 +7,7 @@ product, see CONTRIBUTING.md.
 
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,10 @@ def test_zeros_and_empty_arrays(fmt):
     for shape in ((0, 3), (32, 0)):
         assert q.fake_quantize(jnp.zeros(shape), 0).shape == shape
         assert q.quantize(jnp.zeros(shape), 0).dequantize().shape == shape
+
+
+@pytest.mark.parametrize("fmt", [f for f in EVERY if f.block is None], ids=lambda f: f.name)
+def test_rounding_is_no_cast(fmt):
+    """XLA removes a cast to fewer bits and back where it may keep more of them: on GPUs."""
+    text = str(jax.make_jaxpr(fmt.round)(jnp.ones(8)))
+    assert set(re.findall(r":(b?f\d+\w*)\[", text)) == {"f32"}

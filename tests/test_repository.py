@@ -194,3 +194,9 @@ def test_ci_names_no_machine():
     assert "set -euo pipefail" in script
     assert not re.search(r"/root|/home/|/work/|://", script)
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name alone, and stops at the second of two."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ... import formats
 from ..._core import _compat
@@ -96,7 +97,7 @@ class Exported(StatefulQuantizeAware):
     def _operand(
         self, site: Site, setting: Any, i: int, x: Any, q: Quantizer | None, learned: Any, kept: Any
     ) -> Any:
-        axis = site.contracting(i)
+        axis, q = site.contracting(i), _by_cast(q)
         if (
             q is not None
             and not is_qtensor(x)
@@ -137,6 +138,24 @@ class Exported(StatefulQuantizeAware):
             numbers, zero = codes.codes.astype(jnp.float32), _zero(codes.zero_point, codes.scale)
             return decode_p.bind(numbers, codes.scale, zero, **about).astype(x.dtype)
         return rounded_operand(site, i, q, x, False).value
+
+
+class _Cast(formats.Minifloat):
+    """A format whose rounding is a cast there and back: what ONNX has for fp8."""
+
+    def round(self, v: Any, rounding: str = "half_even", key: Any = None) -> jax.Array:
+        if rounding != "half_even":
+            return super().round(v, rounding, key)
+        inside = jax.lax.clamp(np.float32(self.min), jnp.asarray(v), np.float32(self.max))
+        return inside.astype(self.dtype).astype(jnp.float32)
+
+
+def _by_cast(q: Quantizer | None) -> Quantizer | None:
+    """The same quantizer, rounding to fp8 by casts."""
+    if q is None or q.format.name not in ("float8_e4m3fn", "float8_e5m2"):
+        return q
+    fields = {f.name: getattr(q.format, f.name) for f in dataclasses.fields(q.format)}
+    return dataclasses.replace(q, format=_Cast(**fields))
 
 
 def _measured(q: Quantizer) -> bool:

@@ -120,7 +120,8 @@ def of_torch():
 def ours(kind, method, recipe):
     """(function, bytes) of jaxcompress, or of a method that is plugged into it."""
     example = load_example({"minilm": "minilm", "cnn": "pretrained_mnist"}[kind])
-    method = [of_torch() if m == "torch" else m for m in method.split("+")]
+    made = {"torch": of_torch, "unsearched": lambda: jc.methods.gptq(search=False)}
+    method = [made[m]() if m in made else m for m in method.split("+")]
     params = example.task.params
     small = jc.quantize(example.apply, params, recipe, calibration=example.batches, method=method)
     return functools.partial(jax.jit(small.fn), small.params), jc.nbytes(small.params)
@@ -168,6 +169,7 @@ ROWS = {
         ("w4-g32", "qwix, GPTQ", of_qwix, "gptq", INT4),
         ("w4-g32", "published GPTQ loop", ours, "torch", grouped(4)),
         ("w4-g32", "ours, gptq", ours, "gptq", grouped(4)),
+        ("w4-g32", "ours, gptq, int4_full", ours, "unsearched", all_codes()),
         ("w3-g32", "published GPTQ loop", ours, "torch", grouped(3)),
         ("w3-g32", "ours, gptq", ours, "gptq", grouped(3)),
         ("w3-g32", "ours, awq+gptq", ours, "awq+gptq", grouped(3)),

@@ -15,7 +15,6 @@ Usage: python benchmarks/deploy.py [mlp] [cnn] [minilm]
 
 import contextlib
 import functools
-import importlib.util
 import io
 import os
 import pathlib
@@ -39,21 +38,16 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from harness import load_example  # noqa: E402
+
 import jaxcompress as jc  # noqa: E402
 
 LOG = ROOT / "benchmarks" / "logs" / "deploy.txt"
 ROUNDS, LEAST = 12, 0.04
 
 
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def mlp():
-    fashion = example("compress_all")
+    fashion = load_example("compress_all")
     (x, y), (tx, ty) = (fashion.read(part) for part in ("train", "t10k"))
     sizes, key = (784, 512, 512, 10), jax.random.key(0)
     params = [
@@ -90,7 +84,7 @@ def mlp():
 
 
 def cnn():
-    digits = example("pretrained_mnist")
+    digits = load_example("pretrained_mnist")
 
     def evaluate(predict):
         return digits.evaluate(predict)["accuracy"]
@@ -100,7 +94,7 @@ def cnn():
 
 
 def minilm():
-    model = example("minilm")
+    model = load_example("minilm")
 
     def evaluate(predict):
         return model.evaluate(predict)["cosine"]
@@ -111,12 +105,37 @@ def minilm():
     return model.apply, model.params, model.batches, evaluate, shape, texts
 
 
+def one_range(name, **settings):
+    """int8 weights and uint8 activations with one range of the tensor."""
+    table = jc.Rule("*", "int8", op="gather", shared=True, optional=True)
+    return jc.Recipe(
+        [table, jc.Rule("*", "int8", jc.Quantizer("uint8", "tensor", **settings))], name
+    )
+
+
 class Reader(CalibrationDataReader):
     def __init__(self, name, batches):
         self.rows = iter([{name: np.asarray(b)} for b in batches])
 
     def get_next(self):
         return next(self.rows, None)
+
+
+def theirs(method, source, goal, feed, batches):
+    """Writes the float model as onnxruntime's own quantizers make it."""
+    weights = {"per_channel": True, "weight_type": QuantType.QInt8}
+    with contextlib.redirect_stdout(io.StringIO()):
+        if method == "static":
+            quantize_static(
+                source, goal, Reader(feed, batches), **weights,
+                quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+            )  # fmt: skip
+        elif method == "dynamic":
+            quantize_dynamic(source, goal, **weights)
+        else:
+            four = MatMulNBitsQuantizer(source, bits=4, block_size=32, is_symmetric=True)
+            four.process()
+            four.model.save_model_to_file(os.fspath(goal))
 
 
 def session(path):
@@ -152,17 +171,11 @@ def measure(kind, say):
         source = os.fspath(folder / "float.onnx")
         feed = session(source).get_inputs()[0].name
         kernels = {}
-        affine = jc.Quantizer("uint8", "tensor", range="static")
-        rules = [
-            jc.Rule("*", "int8", op="gather", shared=True, optional=True),
-            jc.Rule("*", "int8", affine),
-        ]
-        measured = [rules[0], jc.Rule("*", "int8", jc.Quantizer("uint8", "tensor"))]
         recipes = [
             "w8a8-static",
-            jc.Recipe(rules, "w8a8-uint8"),
+            one_range("w8a8-uint8", range="static"),
             "w8a8",
-            jc.Recipe(measured, "dynamic uint8"),
+            one_range("dynamic uint8"),
             "w4a16-g32",
         ]
         for recipe in recipes:
@@ -178,21 +191,8 @@ def measure(kind, say):
                 )
                 name = f"ours w4 tables, {method}"
                 kernels[name] = export(name, small.fn, small.params).audit()
-        with contextlib.redirect_stdout(io.StringIO()):
-            quantize_static(
-                source, folder / "theirs static.onnx", Reader(feed, batches),
-                quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            )  # fmt: skip
-            quantize_dynamic(
-                source,
-                folder / "theirs dynamic.onnx",
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-            )
-            four = MatMulNBitsQuantizer(source, bits=4, block_size=32, is_symmetric=True)
-            four.process()
-            four.model.save_model_to_file(os.fspath(folder / "theirs 4 bit.onnx"))
+        for method in ("static", "dynamic", "4 bit"):
+            theirs(method, source, folder / f"theirs {method}.onnx", feed, batches)
         names = ["float", *kernels, "theirs static", "theirs dynamic", "theirs 4 bit"]
         sessions = {name: session(folder / f"{name}.onnx") for name in names}
         times = {}

@@ -5,7 +5,9 @@ Ratios of one run carry over to other machines of the kind, seconds do not. Ever
 compiled before, and runs long enough to be measured: repeated until a turn takes `LEAST` seconds.
 """
 
+import importlib.util
 import os
+import pathlib
 import platform
 import re
 import statistics
@@ -53,6 +55,25 @@ def measure(candidates, rounds):
             jax.block_until_ready(out)
             times[name].append((time.process_time() - start) / repeats[name])
     return {name: (statistics.median(t), spread(t)) for name, t in times.items()}
+
+
+def build(step, args):
+    """(compiled, (seconds of trace and lowering, of compiling, temporary bytes)) of a function."""
+    start = time.process_time()
+    lowered = jax.jit(step).lower(*args)
+    middle = time.process_time()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return compiled, (middle - start, time.process_time() - middle, memory)
+
+
+def load_example(name):
+    """A module of `examples/`, by name."""
+    path = pathlib.Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def spread(times):

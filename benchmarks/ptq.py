@@ -11,7 +11,6 @@ The solvers of one layer, against torch, are in `benchmarks/solvers.py`.
 Usage: python benchmarks/ptq.py     (needs what examples/minilm.py needs; writes logs/ptq.txt)
 """
 
-import importlib.util
 import os
 import pathlib
 import resource
@@ -24,18 +23,13 @@ import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from harness import load_example  # noqa: E402
+
 import jaxcompress as jc  # noqa: E402
 from jaxcompress._calibration import layerwise  # noqa: E402
 
 LOG = ROOT / "benchmarks" / "logs" / "ptq.txt"
 TIMES, MEMORY = 3.0, 1.2
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("minilm", ROOT / "examples" / "minilm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Held:
@@ -95,7 +89,7 @@ def timed(fn):
 
 
 def main():
-    model, lines, compiling = load_example(), [], Compiling()
+    model, lines, compiling = load_example("minilm"), [], Compiling()
 
     def say(line):
         print(line, flush=True)

@@ -13,14 +13,13 @@ import argparse
 import functools
 import importlib.util
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
-from harness import assert_alive, integer_products, machine, measure, pin
+from harness import assert_alive, build, integer_products, machine, measure, pin
 from jax import lax
 
 import jaxcompress as jc
@@ -266,12 +265,7 @@ def run(name, short, rounds):
     compiled, cost, losses = {}, {}, {}
     for label, f in candidates(fn, p, x).items():
         jax.jit(step_of(lambda p, x, f=f: f(p, x))).lower(p, x, y)  # what a warm process has
-        start = time.process_time()
-        lowered = jax.jit(step_of(f)).lower(p, x, y)
-        middle = time.process_time()
-        c = lowered.compile()
-        cost[label] = (middle - start, time.process_time() - middle,
-                       c.memory_analysis().temp_size_in_bytes)  # fmt: skip
+        c, cost[label] = build(step_of(f), (p, x, y))
         _, losses[label], g = c(p, x, y)
         assert_alive(g, f"{name}, {label}")
         compiled[label] = (c, (p, x, y))

@@ -16,10 +16,7 @@ Usage: python benchmarks/quality.py [minilm] [cnn]
 qwix: https://github.com/google/qwix, its PtqProvider and its GPTQ and AWQ (qwix.contrib).
 """
 
-import contextlib
 import functools
-import importlib.util
-import io
 import os
 import sys
 import tempfile
@@ -32,22 +29,13 @@ import numpy as np
 import qwix
 import torch
 import torch_loops
-from onnxruntime import quantization
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from harness import load_example
 from qwix.contrib import awq, gptq
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import jaxcompress as jc
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 LOG = Path(__file__).parent / "logs" / "quality.txt"
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def of_qwix(kind, method, settings):
@@ -76,26 +64,13 @@ def of_qwix(kind, method, settings):
 def of_onnxruntime(kind, method, settings):
     """(function, bytes) of onnxruntime's quantizers, from the float function as ONNX."""
     apply, params, batches, _, shape, data = getattr(deploy, kind)()
-    folder = Path(tempfile.mkdtemp())
-    source, goal = folder / "float.onnx", folder / "small.onnx"
     abstract = jax.ShapeDtypeStruct(shape, data.dtype)
-    jc.export.onnx(apply, params, abstract, path=source)
-    name = deploy.session(source).get_inputs()[0].name
-    weights = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
-    with contextlib.redirect_stdout(io.StringIO()):
-        if method == "static":
-            quantization.quantize_static(
-                source, goal, deploy.Reader(name, batches), **weights,
-                quant_format=quantization.QuantFormat.QDQ,
-                activation_type=quantization.QuantType.QUInt8,
-            )  # fmt: skip
-        elif method == "dynamic":
-            quantization.quantize_dynamic(source, goal, **weights)
-        else:
-            four = MatMulNBitsQuantizer(os.fspath(source), bits=4, is_symmetric=True, **settings)
-            four.process()
-            four.model.save_model_to_file(os.fspath(goal))
-    return functools.partial(deploy.run, deploy.session(goal), name), goal.stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        source, goal = f"{folder}/float.onnx", f"{folder}/small.onnx"
+        jc.export.onnx(apply, params, abstract, path=source)
+        name = deploy.session(source).get_inputs()[0].name
+        deploy.theirs(method, source, goal, name, batches)
+        return functools.partial(deploy.run, deploy.session(goal), name), os.path.getsize(goal)
 
 
 def of_torch():
@@ -145,13 +120,7 @@ def channels(bits):
 
 INT8 = {"weight_qtype": "int8", "act_qtype": "int8"}
 INT4 = {"weight_qtype": "int4", "tile_size": 32}
-STATIC = jc.Recipe(
-    [
-        jc.Rule("*", "int8", op="gather", shared=True, optional=True),
-        jc.Rule("*", "int8", jc.Quantizer("uint8", "tensor", range="static")),
-    ],
-    "w8a8-uint8",
-)
+STATIC = deploy.one_range("w8a8-uint8", range="static")
 ROWS = {
     "minilm": (
         ("w8a8", "qwix", of_qwix, "ptq", INT8),
@@ -160,7 +129,7 @@ ROWS = {
         ("w8a8 static", "onnxruntime", of_onnxruntime, "static", {}),
         ("w8a8 static", "ours", ours, "rtn", STATIC),
         ("w4-g32", "qwix, to nearest", of_qwix, "ptq", INT4),
-        ("w4-g32", "onnxruntime", of_onnxruntime, "nbits", {"block_size": 32}),
+        ("w4-g32", "onnxruntime", of_onnxruntime, "4 bit", {}),
         ("w4-g32", "ours, rtn", ours, "rtn", grouped(4)),
         ("w4-g32", "ours, rtn, int4_full", ours, "rtn", all_codes()),
         ("w4-g32", "ours, mse", ours, "mse", grouped(4)),

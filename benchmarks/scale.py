@@ -14,14 +14,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import numpy as np
-from harness import machine, measure, pin
+from harness import build, machine, measure, pin
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from qat import RECIPE, Stock, step_of, transformer_case
@@ -52,11 +51,8 @@ def once(sizes, rounds, devices=1):
             step = split(step, mesh)
             x, y = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, y))
         jax.jit(step_of(lambda p, x, f=f: f(p, x))).lower(p, x, y)  # what a warm process has
-        start = time.process_time()
-        lowered = jax.jit(step).lower(p, x, y)
-        traced = time.process_time() - start
-        c = lowered.compile()
-        cost[name] = traced, c.memory_analysis().temp_size_in_bytes
+        c, (traced, _, temporary) = build(step, (p, x, y))
+        cost[name] = traced, temporary
         compiled[name] = c, (p, x, y)
     return {name: (t, *cost[name]) for name, (t, _) in measure(compiled, rounds).items()}
 

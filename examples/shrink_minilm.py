@@ -64,10 +64,10 @@ def more_texts():
     return x
 
 
-def distilled(small, x, steps=STEPS):
+def distilled(small, x):
     """The parameters of a small model that learned the embeddings of the original."""
     loss = jc.distill.loss_fn(small.fn, minilm.apply, jc.distill.cosine(), inputs=lambda x: x)
-    tx = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+    tx = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
     @jax.jit
     def step(params, opt, x):
@@ -76,7 +76,7 @@ def distilled(small, x, steps=STEPS):
         return optax.apply_updates(params, updates), opt
 
     params, opt, rng = small.params, tx.init(small.params), np.random.default_rng(0)
-    for _ in range(steps):
+    for _ in range(STEPS):
         rows = rng.choice(x.shape[1], BATCH, replace=False)
         params, opt = step(params, opt, jnp.asarray(x[:, rows]))
     return params
@@ -90,10 +90,9 @@ def show(name, small):
         f"{after / before:>8.2f}{jc.nbytes(small.params):>14,}",
         flush=True,
     )
-    return found
 
 
-def main(rows=ROWS, more=True):
+def main(rows=ROWS):
     print(f"{'kept':<28}{'pearson':>9}{'cosine':>9}{'flops':>8}{'parameters':>14}")
     show("everything", jc.Compressed(minilm.apply, minilm.params, None))
     shrink = functools.partial(
@@ -101,8 +100,6 @@ def main(rows=ROWS, more=True):
     )
     for name, (keep, importance, repair) in rows.items():
         show(name, shrink(keep=keep, importance=importance, repair=repair))
-    if not more:
-        return
     x = more_texts()
     whole = x[:, x[1].all(1)][:, :TEXTS]
     batches = np.split(whole, range(BATCH, whole.shape[1], BATCH), axis=1)

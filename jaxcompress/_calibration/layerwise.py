@@ -86,9 +86,8 @@ class Item:
         if self.whole:
             v = self.values(self.done[0])
         else:
-            v = self.v
-            if self.done:
-                v = jnp.stack([self.values(q) for q in self.done] + list(v[len(self.done) :]))
+            rest = self.v[len(self.done) :]
+            v = jnp.stack([*map(self.values, self.done), *rest])
         return array_undone(v, self.undo)
 
     def result(self) -> Any:

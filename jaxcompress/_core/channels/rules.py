@@ -112,7 +112,7 @@ def _without_ones(eqn: Any, found: Rule) -> Rule:
     for labels, v in sides:
         for x, n in zip(labels, v.aval.shape):
             old = size.setdefault(x, n)
-            if old != n and (old == 1 or (n != 1 and n > old)):  # symbolic ones are equal or 1
+            if n not in (old, 1) and (old == 1 or n > old):  # symbolic ones are equal or 1
                 size[x] = n
 
     def own(side: str, lists: Sequence, variables: Sequence) -> list[list[Label]]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression for any JAX function: a function goes in, a function comes out."""
 
-from . import distill as distill
-from . import export as export
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import formats as formats
-from . import prune as prune
 from ._calibration.stream import Inputs as Inputs
 from ._core.compressed import Compressed as Compressed
 from ._core.observe import sites as sites
@@ -39,7 +41,28 @@ from ._quantize.report import report as report
 from ._quantize.stateful import quantize_aware_with_state as quantize_aware_with_state
 from ._task import Task as Task
 from ._task import Train as Train
-from .export import load_params as load_params
-from .export import save_params as save_params
+
+if TYPE_CHECKING:
+    from . import distill as distill
+    from . import export as export
+    from . import prune as prune
+    from .export import load_params as load_params
+    from .export import save_params as save_params
 
 __version__ = "0.1.0"
+
+# Imported when they are used: half of the time that importing everything takes.
+_ROOMS = ("distill", "export", "prune")
+_FROM_EXPORT = ("load_params", "save_params")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _FROM_EXPORT:
+        return getattr(importlib.import_module(".export", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *_FROM_EXPORT})

@@ -99,6 +99,31 @@ def split(value: Any, floats: bool = True, whole: bool = True) -> tuple[Call, li
     return Call(tree, traced, static), [x for x, t in zip(leaves, traced, strict=True) if t]
 
 
+class PlainCalls:
+    """Which calls have only arrays as leaves and no structure that is special; remembers them.
+
+    Args:
+      special: whether `(args, kwargs)` of this structure are something else all the same.
+    """
+
+    def __init__(self, special: Callable[[tuple, dict], bool]):
+        self.special = special
+        self.known: dict[Any, bool] = {}
+
+    def __call__(self, args: tuple, kwargs: dict) -> bool:
+        leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
+        for x in leaves:
+            if not isinstance(x, (jax.Array, np.ndarray)) or x.dtype == np.dtype(object):
+                return False
+        try:
+            known = self.known.get(tree)
+        except TypeError:  # a node with something unhashable
+            return False
+        if known is None:
+            known = self.known[tree] = not self.special(args, kwargs)
+        return known
+
+
 class Staged(NamedTuple):
     """A traced call: `rebuild(outputs of the jaxpr)` gives what the function returned."""
 

@@ -27,7 +27,7 @@ from .provenance import CONSTANT, DATA, Label
 from .qtensor import dequantized, is_stored
 from .sites import Plan, Site
 from .sparse import is_sparse
-from .staging import Call, Packed, Staged, is_float, split, stage
+from .staging import Call, Packed, PlainCalls, Staged, is_float, split, stage
 
 
 class Transform:
@@ -288,8 +288,18 @@ class Transformed:
             out, state = traced.run(transform, inputs.arrays, learned, state, key)
             return Packed.pack(out), state
 
-        whole.__name__ = whole.__qualname__ = self.region.mark
-        self._jitted = jax.jit(whole)
+        def direct(args: tuple, kwargs: dict):
+            inputs = Packed.pack((args, kwargs))
+            return Packed.pack(self._trace(inputs).run(transform, inputs.arrays, {}, {}, None)[0])
+
+        whole.__name__ = direct.__name__ = self.region.mark
+        whole.__qualname__ = direct.__qualname__ = self.region.mark
+        self._jitted, self._direct = jax.jit(whole), jax.jit(direct)
+
+    def plain_call(self, args: tuple, kwargs: dict) -> Any:
+        """The result of the function where all leaves of its arguments are arrays: no state, no
+        key. JAX takes the arguments apart itself, which is what an eager call waits for."""
+        return self._direct(args, kwargs).unpack()
 
     def call(
         self, learned: Any, state: Any, args: tuple, kwargs: dict, key: Any = None
@@ -402,8 +412,11 @@ def transformed_function(fn: Callable, transform: Transform, argnums: ArgNums = 
 
     inner = Transformed(fn, transform, argnums)
     typed_call, mutating = TypedCall(inner), MutatingStep(inner)
+    plain = PlainCalls(lambda *call: mutating.wanted(*call) or bool(typed.find(call)))
 
     def wrapped(*args, **kwargs):
+        if transform.keyword not in kwargs and plain(args, kwargs):
+            return inner.plain_call(args, kwargs)
         key = take_key(fn, transform, kwargs)
         if mutating.wanted(args, kwargs):
             return mutating(args, kwargs, key)

@@ -45,6 +45,12 @@ class Setting:
         """Whether the operation is a product of integers."""
         return isinstance(self.product, Spec) and self.product.integers
 
+    def for_operands(self, operands: Sequence) -> Setting:
+        """The same for these operands: a product of codes may be one of packed weights only."""
+        if isinstance(self.product, Native) and not self.product.takes(operands):
+            return dataclasses.replace(self, product=self.product.otherwise)
+        return self
+
     @property
     def changes(self) -> bool:
         """Whether anything is done at all."""
@@ -57,7 +63,7 @@ def run(site: Site, setting: Setting, bind: Any, operands: Sequence[Rounded], le
     if spec is not None and not _fitting(spec, operands):
         spec = None
     if setting.gradient is None and spec is None:
-        return bind(*(x.value for x in operands))
+        return bind(*(x.array for x in operands))
     operands = [Rounded(dequantized(x.value), x.codes) for x in operands]
     if setting.gradient is None:
         assert spec is not None
@@ -85,18 +91,19 @@ def quantized(site: Site, setting: Setting, operands: Sequence) -> list:
 def rounded_operand(
     site: Site, i: int, quantizer: Quantizer | None, x: Any, codes: bool
 ) -> Rounded:
-    """Operand `i` rounded to its format; with its codes if they are asked for and known."""
+    """Operand `i` rounded to its format; in codes if they are asked for and known."""
     axis = site.contracting(i)
     if is_qtensor(x):
         return packed_operand(x, axis, codes)
     if quantizer is None:
         return Rounded(x)
     sync = site.operands[i].split_over(quantizer.shared_axes(x.shape, axis))
-    value = quantizer.fake_quantize(x, axis, sync=sync)
-    if not codes:
-        return Rounded(value)
-    x = lax.stop_gradient(x)
-    return Rounded(value, straight_through.codes_of(x, quantizer, axis, sync))
+    known = None
+    if codes:
+        known = straight_through.codes_of(lax.stop_gradient(x), quantizer, axis, sync)
+        if not quantizer.clips:  # its derivative is that of x
+            return Rounded(x, known)
+    return Rounded(quantizer.fake_quantize(x, axis, sync=sync), known)
 
 
 def packed_operand(q: Any, axis: Sequence[int], codes: bool) -> Rounded:

@@ -79,7 +79,12 @@ class QuantizeAware(Transform):
                 affine = any(q is not None and not q.symmetric for q in setting.operands)
                 if self.integer is True or pays(op, site, affine):
                     return Spec(op, params, True, self.residuals)
-        return Spec(op, params, False) if lay_out(op, site) else None
+        if not lay_out(op, site):
+            return None
+        floats = Spec(op, params, False)
+        if self.integer is False or setting.gradient is not None:
+            return floats
+        return native.possible_in_groups(site, setting.operands, floats) or floats
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         if not self.recipe.rules:
@@ -146,6 +151,7 @@ class QuantizeAware(Transform):
     def apply(
         self, site: Site, setting: Setting, bind: Callable, operands: list, learned, state
     ) -> tuple[Any, Any]:
+        setting = setting.for_operands(operands)
         if isinstance(setting.product, Native):
             return native.apply(setting.product, site, bind, operands, setting.operands), None
         rounded = [

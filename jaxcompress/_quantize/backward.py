@@ -211,7 +211,7 @@ def with_backward(
         return tuple(grads), None, None, None
 
     op.defvjp(forward, backward)
-    values, codes = zip(*operands, strict=True)
+    values, codes = tuple(x.array for x in operands), tuple(x.codes for x in operands)
     return op(values, codes if spec is not None else (), bind.rest, key)
 
 

@@ -23,12 +23,27 @@ from . import flat
 from .integer_dot import Codes, longest, widest
 
 
-def grouped_product(x: Codes, w: QTensor, dtype: Any = jnp.float32) -> jax.Array | None:
-    """x times a weight whose groups lie along its first axis; None if it is another weight.
+def in_groups(w: QTensor) -> bool:
+    """Whether a weight [k, n] is one that `grouped_product` takes.
+
+    Its groups lie along k, its codes are signed integers without zero points, packed along n.
+    """
+    cut, fmt = w.blocks, w.format
+    if not isinstance(cut, Blocks) or not isinstance(fmt, formats.Integer) or w.ndim != 2:
+        return False
+    if cut.axis != (-2,) or w.axis != -1 or w.shape[0] % cut.size or fmt.min >= 0:
+        return False
+    if w.zero_point is not None or w.global_scale is not None:
+        return False
+    return cut.size <= longest(128, widest(fmt, True))
+
+
+def grouped_product(x: Codes, w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
+    """x times a weight whose groups lie along its first axis.
 
     Args:
       x: codes int8[..., k], scales of whole rows, no zero points.
-      w: float[k, n] in groups of signed integers without zero points, packed along n.
+      w: float[k, n] that is `in_groups`.
       dtype: of the result.
 
     Returns:
@@ -40,16 +55,9 @@ def grouped_product(x: Codes, w: QTensor, dtype: Any = jnp.float32) -> jax.Array
     >>> grouped_product(x, w)
     Array([[11.5]], dtype=float32)
     """
-    cut, fmt = w.blocks, w.format
-    if not isinstance(cut, Blocks) or not isinstance(fmt, formats.Integer) or w.ndim != 2:
-        return None
-    k, n = w.shape
-    size = cut.size
-    fits = cut.axis == (-2,) and w.axis == -1 and k % size == 0 and fmt.min < 0
-    if not fits or w.zero_point is not None or x.zero_point is not None:
-        return None
-    if w.global_scale is not None or size > longest(128, widest(fmt, True)):
-        return None
+    fmt, (k, n) = w.format, w.shape
+    assert isinstance(w.blocks, Blocks)
+    size = w.blocks.size
     count = k // size
     rows = lax.reshape(x.codes, (x.codes.size // k, count, size))
 

@@ -5,9 +5,9 @@
     dy = sum dl^ r^ + sum l^ dr^                of the decoded codes, as of float fake quantization
 
 dl^ and dr^ are the tangents of the rounded operands, whatever their range: each operand comes as
-its rounded value, which has the derivative, and as its codes, which have the numbers. The value is
-read by nothing that is computed, so that XLA drops it; another transform finds the float product
-of the two values beside the one in integers (`_core/analyze.py`) and puts it in its place.
+codes, which have the numbers, and as an array that has the derivative, whose numbers nothing reads.
+Another transform finds the float product of the decoded codes beside the one in integers
+(`_core/analyze.py`) and puts it in its place; else it is never computed.
 
 What is kept for the backward pass are codes, one byte a value. A code has no derivative, so that a
 second derivative needs `residuals="float"`, and raises with codes.
@@ -23,11 +23,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from .._core.analyze import INTEGER
+from .._core.qtensor import is_qtensor
 from .._core.sites import Site
 from .._errors import SiteError
 from . import flat
 from .integer_dot import Codes, Conv, Operation, longest, product, whole, widest
 from .quantizer import Quantizer
+from .straight_through import decoded
 
 CHOICES = ("auto", True, False)
 RESIDUALS = ("int8", "float")
@@ -37,12 +39,19 @@ class Rounded(NamedTuple):
     """An operand that was rounded.
 
     Attributes:
-      value: as the float product reads it; it has the derivative.
-      codes: the same numbers in integers; None where a site is not computed in them.
+      value: it has the derivative; with codes its own numbers may be those before rounding.
+      codes: the rounded numbers in integers; None if they are those of `value`.
     """
 
     value: Any
     codes: Codes | None = None
+
+    @property
+    def array(self) -> Any:
+        """The rounded numbers with the derivative, as the float product reads them."""
+        if self.codes is None or is_qtensor(self.value):
+            return self.value
+        return decoded(self.value, self.codes)
 
 
 class Spec(NamedTuple):
@@ -107,8 +116,8 @@ def run(spec: Spec, lhs: Rounded, rhs: Rounded) -> Any:
 
 def _both(lv: Any, rv: Any, lc: Any, rc: Any, spec: Spec) -> tuple[Any, Any]:
     """(the product, the one that was written, for whoever puts it in its place)."""
-    out = product(spec.op, lc, rc) if spec.integers else spec.of_left(lv, rv)
-    return out, spec.plain(lv, rv)
+    plain = spec.plain(Rounded(lv, lc).array, Rounded(rv, rc).array)
+    return product(spec.op, lc, rc) if spec.integers else spec.of_left(lv, rv), plain
 
 
 _both.__name__ = INTEGER
@@ -121,16 +130,17 @@ def _straight_through(spec, primals, tangents):
     dl, dr = (None if isinstance(t, SymbolicZero) else t for t in tangents[:2])
     y, plain = _product(*primals, spec)
     if not spec.integers or spec.residuals == "float":
-        dy = _tangent(spec, lv, rv, dl, dr)
+        dy = _tangent(spec, Rounded(lv, lc).array, Rounded(rv, rc).array, dl, dr)
     else:
         kept = _once(lv, rv, lc, rc)
 
-        # A checkpoint keeps its inputs: codes and scales.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def decoded(lc, rc, dl, dr):
+        # A checkpoint keeps its inputs, codes and scales, and decodes them where they are used:
+        # its barrier is what keeps XLA from computing them again from floats, and too early.
+        @jax.checkpoint
+        def of_codes(lc, rc, dl, dr):
             return _tangent(spec, lc.decode(lv.dtype), rc.decode(rv.dtype), dl, dr)
 
-        dy = decoded(*kept, dl, dr)
+        dy = of_codes(*kept, dl, dr)
     return (y, plain), (dy, lax.full_like(plain, 0))
 
 

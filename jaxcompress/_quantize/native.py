@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of small floats where a platform multiplies them itself: fp8, MX and NVFP4.
+"""Products of codes where a platform is fast at them: fp8, MX, NVFP4, packed integers in groups.
 
     y = s_l s_r sum q_l q_r                          fp8, scales of rows: a dot of the codes
     y = g_l g_r sum_b X_lb X_rb sum_i q_li q_ri      blocks along the sum: `lax.scaled_dot`
+    y = s_l sum_b s_rb sum_i q_li q_ri               int8 times packed groups: `grouped_dot.py`
 
-CPUs have no such products: there the rounded floats are multiplied, as without this file. Which of
-the two a program holds is decided when it is lowered (`lax.platform_dependent`); both are exact but
-for the order of the sums. The derivative is straight-through, of the rounded floats, everywhere.
+GPUs and TPUs multiply small floats themselves, CPUs run the products of int8. Elsewhere the rounded
+floats are multiplied, as without this file. Which of the two a program holds is decided when it is
+lowered (`lax.platform_dependent`); both are exact but for the order of the sums. The derivative is
+straight-through, of the rounded floats, everywhere.
 
 References: OFP8 (Micikevicius et al. 2022); OCP MX v1.0, section 6.2 (dot products).
 """
@@ -29,28 +31,39 @@ from .._core.blocks import Blocks
 from .._core.qtensor import QTensor, dequantized, is_qtensor
 from .._core.sites import Site
 from . import flat
-from .integer_dot import Dot
+from .grouped_dot import grouped_product, in_groups
+from .integer import Spec
+from .integer_dot import Dot, codes_of
 from .quantizer import Quantizer
 from .straight_through import quantize as packed
 
 _PLATFORMS = ("cuda", "rocm", "tpu")
+_GROUPS = ("cpu",)
 _FP8, _FP4 = ("float8_e4m3fn", "float8_e5m2"), "float4_e2m1fn"
 
 
 class Native(NamedTuple):
-    """A product of small floats. Hashable: sites of one kind are traced once.
+    """A product of codes. Hashable: sites of one kind are traced once.
 
     Attributes:
       params: parameters of the `dot_general`, sorted.
       dtype: name of the dtype of its result.
+      groups: whether it is one of int8 and a packed weight in groups; else of small floats.
+      otherwise: how the site is computed where its weight is not packed.
     """
 
     params: tuple
     dtype: str
+    groups: bool = False
+    otherwise: Spec | None = None
 
     @property
     def numbers(self) -> tuple:
         return dict(self.params)["dimension_numbers"]
+
+    def takes(self, operands: Sequence) -> bool:
+        """Whether operands are what it multiplies."""
+        return not self.groups or (is_qtensor(operands[1]) and in_groups(operands[1]))
 
     def plain(self, lhs: Any, rhs: Any) -> Any:
         """The product of the floats, packed ones a block at a time where that saves memory."""
@@ -81,6 +94,28 @@ def possible(site: Site, quantizers: Sequence[Quantizer | None]) -> Native | Non
     if None in kinds or kinds[0] != kinds[1] or dtype not in (jnp.float32, jnp.bfloat16):
         return None
     return Native(tuple(sorted(site.params.items())), dtype.name)
+
+
+def possible_in_groups(
+    site: Site, quantizers: Sequence[Quantizer | None], otherwise: Spec
+) -> Native | None:
+    """How the product of int8 rows and a weight in groups is computed, if that is packed."""
+    lhs, rhs = (*quantizers, None)[:2]
+    if lhs is None or rhs is None or not rhs.granularity.size or not rhs.symmetric:
+        return None
+    if not all(isinstance(q.format, formats.Integer) and q.format.min < 0 for q in (lhs, rhs)):
+        return None
+    summed, batch = site.params["dimension_numbers"]
+    shape, axis = site.operands[0].shape, site.contracting(0)
+    rows = not lhs.granularity.size and {*axis} <= {*lhs.shared_axes(shape, axis)}
+    if not rows or batch[0] or summed != ((len(shape) - 1,), (0,)):
+        return None
+    if lhs.special or lhs.rounding != "half_even" or not lhs.symmetric:
+        return None
+    if site.operands[0].split_over(range(len(shape))):
+        return None
+    dtype = site.out_avals[0].dtype.name
+    return Native(tuple(sorted(site.params.items())), dtype, True, otherwise)
 
 
 def _kind(q: Quantizer, shape: tuple[int, ...], axis: tuple[int, ...]) -> Any:
@@ -127,6 +162,10 @@ def product(spec: Native, lhs: QTensor, rhs: QTensor) -> jax.Array:
     Array([[5.]], dtype=float32)
     """
     sides, numbers = (lhs, rhs), spec.numbers
+    if spec.groups:
+        rows = codes_of(lhs)
+        assert rows is not None
+        return grouped_product(rows, rhs, spec.dtype)
     if lhs.blocks is None:
         y = lax.dot_general(lhs.codes, rhs.codes, numbers, preferred_element_type=jnp.float32)
         for i, q in enumerate(sides):
@@ -194,7 +233,7 @@ def jaxcompress_integer(
     def plain(lhs: Any, rhs: Any, lq: QTensor, rq: QTensor) -> jax.Array:
         return spec.plain(lhs, rhs)
 
-    chosen = dict.fromkeys(_PLATFORMS, native)
+    chosen = dict.fromkeys(_GROUPS if spec.groups else _PLATFORMS, native)
     y = lax.platform_dependent(lhs, rhs, lq, rq, **chosen, default=plain)
     return y, spec.plain(lhs, rhs)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import formats
 from ..formats._base import divide, multiply, safe_scale
 from ..formats._rounding import to_integer
 from . import ranges
@@ -84,9 +85,16 @@ def find(
     return scales if divisor is None else scales._replace(divisor=divisor)
 
 
-def to_grid(v: jax.Array, q: Quantizer, s: Scales, key: Any, rounding: str) -> jax.Array:
-    """Returns v / scale rounded to the grid of the format, zero point included."""
+def to_grid(
+    v: jax.Array, q: Quantizer, s: Scales, key: Any, rounding: str, found: bool = False
+) -> jax.Array:
+    """Returns v / scale rounded to the grid of the format, zero point included.
+
+    `found` says that the scales were found from v by `find`.
+    """
     fmt = q.format
+    if found and _covers(q) and rounding == "half_even":
+        return to_integer(divide(v, (s.scale,)), rounding, key)
     factors = (s.divisor,) if s.divisor is not None else fmt.factors(s.scale, s.global_scale)
     if fmt.two_level:  # a scale that is rounded to zero makes zeros
         # The barrier keeps XLA from computing the scales anew for each value.
@@ -97,6 +105,13 @@ def to_grid(v: jax.Array, q: Quantizer, s: Scales, key: Any, rounding: str) -> j
         grid = lax.add(to_integer(grid, rounding, key), _broadcast(s.zero_point, v.shape))
         return fmt.round(grid)
     return fmt.round(grid) if rounding == "half_even" else fmt.round(grid, rounding, key)
+
+
+def _covers(q: Quantizer) -> bool:
+    """Whether a range leaves no value of the grid outside, so that nothing has to be clamped."""
+    fmt = q.format
+    whole = isinstance(fmt, formats.Integer) and fmt.min <= -fmt.max
+    return whole and q.range == "absmax" and q.convention == "max" and not q.power_of_two
 
 
 def from_grid(grid: jax.Array, q: Quantizer, s: Scales) -> jax.Array:

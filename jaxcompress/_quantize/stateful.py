@@ -119,6 +119,7 @@ class StatefulQuantizeAware(QuantizeAware):
                     raise RecipeError(_other_model(site, slot, quantizer, want, got, given))
 
     def apply(self, site, setting, bind, operands, learned, state):
+        setting = setting.for_operands(operands)
         if isinstance(setting.product, Native):  # no range of such a site is stored
             return super().apply(site, setting, bind, operands, learned, state)
         rounded, new = [], dict(state or {})

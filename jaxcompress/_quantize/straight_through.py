@@ -31,7 +31,7 @@ def jaxcompress_fake_quantize(
 ) -> jax.Array:
     """The primal of `Quantizer.fake_quantize`. Its name marks it in jaxprs."""
     v, s, blocks = _scaled(x, quantizer, axis, sync)
-    grid = scales.to_grid(v, quantizer, s, key, quantizer.rounding)
+    grid = scales.to_grid(v, quantizer, s, key, quantizer.rounding, True)
     out = scales.from_grid(grid, quantizer, s)
     out = out if blocks is None else blocks.merge(out, x.shape)
     return lax.convert_element_type(out, x.dtype)
@@ -59,7 +59,7 @@ def quantize(x: jax.Array, key: Any, quantizer: Quantizer, axis: tuple[int, ...]
     """Returns x in storage: what `Quantizer.quantize` does once the arguments are checked."""
     fmt = quantizer.format
     v, s, blocks = _scaled(x, quantizer, axis, ())
-    codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding))
+    codes = fmt.to_codes(scales.to_grid(v, quantizer, s, key, quantizer.rounding, True))
     codes = codes if blocks is None else blocks.merge(codes, x.shape)
     g = None if s.global_scale is None else s.global_scale.reshape(())
     return QTensor.from_codes(
@@ -73,12 +73,20 @@ def _codes_of(
 ) -> Codes:
     """The integers that `fake_quantize` rounds x to, with scales along whole axes."""
     v, s, _ = _scaled(x, quantizer, axis, sync)
-    grid = scales.to_grid(v, quantizer, s, None, quantizer.rounding)
+    grid = scales.to_grid(v, quantizer, s, None, quantizer.rounding, True)
     return codes_from_grid(grid, s.scale, s.zero_point, quantizer.format)
 
 
-_codes_of.__name__ = "jaxcompress_fake_quantize"  # to `_core/analyze.py` it is the same
+def _decode(x: jax.Array, codes: Codes) -> jax.Array:
+    """The numbers of `codes` with the derivative of x, which they were found from."""
+    return codes.decode(x.dtype)
+
+
+_codes_of.__name__ = _decode.__name__ = "jaxcompress_fake_quantize"  # as `_core/analyze.py` knows
 codes_of = jax.jit(_codes_of, static_argnums=(1, 2, 3))
+_decoded = jax.custom_jvp(_decode)
+_decoded.defjvp(lambda primals, tangents: (_decoded(*primals), tangents[0]))
+decoded = jax.jit(_decoded)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

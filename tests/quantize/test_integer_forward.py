@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress import Quantizer, Recipe, Rule
 from jaxcompress._quantize import flat, where_integer
-from jaxcompress._quantize.grouped_dot import grouped_product
+from jaxcompress._quantize.grouped_dot import grouped_product, in_groups
 from jaxcompress._quantize.integer_dot import Codes, Conv, Dot, codes_of, product
 from tests.twins import assert_same, normal, token, weight
 
@@ -151,9 +151,71 @@ def test_product_with_a_weight_in_groups(bits):
     got = jax.jit(grouped_product)(x, w)
     values = np.float64(w.codes) * np.repeat(np.float64(w.scale)[:, 0], 8, 0)
     assert_same(got, jnp.float32((np.float64(x.codes) @ values) * x.scale), SUMS)
-    whole = Quantizer(f"int{bits}").quantize(normal(24, 5), axis=0)
-    affine = Quantizer("uint4", "group:8").quantize(normal(24, 5), axis=0)
-    assert grouped_product(x, whole) is None and grouped_product(x, affine) is None
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        Quantizer("int4").quantize(normal(24, 6), axis=0),  # no groups
+        Quantizer("uint4", "group:8").quantize(normal(24, 6), axis=0),  # zero points
+        Quantizer("int4", "group:2").quantize(normal(24, 6), axis=1),  # groups of columns
+        Quantizer("int4", "group:5", indivisible="pad").quantize(normal(24, 6), axis=0),
+        Quantizer("mxfp4").quantize(normal(32, 6), axis=0),
+    ],
+)
+def test_other_weights_are_not_in_groups(w):
+    assert not in_groups(w)
+
+
+GROUPS = "w4a8-g32"
+
+
+def grouped_case(*lead):
+    """(function, packed parameters, input, what NumPy finds in float64)."""
+    w = normal(64, 40)
+    packed = {"w": Quantizer("int4", "group:32").quantize(w, axis=0)}
+    x = normal(*lead, 64)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    values = np.float64(packed["w"].codes) * np.repeat(np.float64(packed["w"].scale)[:, 0], 32, 0)
+    return (lambda p, x: x @ p["w"]), packed, x, np.round(x / scale) @ values * scale
+
+
+@pytest.mark.parametrize("lead", [(64,), (8, 16)])
+def test_packed_groups_are_multiplied_as_integers(lead):
+    fn, packed, x, want = grouped_case(*lead)
+    auto = jax.jit(jc.quantize_aware(fn, GROUPS)).lower(packed, x)
+    text = auto.as_text()
+    assert "xi8>" in text and "stablehlo.while" in text  # a loop over products of int8
+    np.testing.assert_allclose(auto.compile()(packed, x), want, rtol=2e-6, atol=2e-5)
+    floats = jax.jit(jc.quantize_aware(fn, GROUPS, integer=False)).lower(packed, x)
+    assert "stablehlo.while" not in floats.as_text()
+    np.testing.assert_allclose(floats.compile()(packed, x), want, rtol=2e-6, atol=2e-5)
+
+
+def test_packed_groups_differentiate_and_compose():
+    fn, packed, x, want = grouped_case(8, 16)
+    aware = jc.quantize_aware(fn, GROUPS)
+    dense = packed["w"].dequantize()
+    dx = jax.grad(lambda x: jnp.sum(aware(packed, x) * want))(x)
+    np.testing.assert_allclose(dx, want @ np.float64(dense).T, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.jvp(lambda x: aware(packed, x), (x,), (x,))[1], x @ dense, rtol=1e-5, atol=1e-4
+    )
+    mapped = jax.vmap(aware, (None, 0))(packed, jnp.asarray(x)[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(mapped, want, rtol=2e-6, atol=2e-5)
+    scanned = jax.lax.scan(lambda c, x: (c, aware(packed, x)), 0, x)[1]
+    np.testing.assert_allclose(scanned, want, rtol=2e-6, atol=2e-5)
+
+
+def test_groups_of_weights_that_are_not_packed_train_in_floats():
+    fn, packed, x, _ = grouped_case(64)
+    w = {"w": normal(64, 40)}
+
+    def value_and_grad(integer):
+        aware = jc.quantize_aware(fn, GROUPS, integer=integer)
+        return jax.jit(jax.value_and_grad(lambda w: jnp.sum(aware(w, x) ** 2)))(w)
+
+    jax.tree.map(np.testing.assert_array_equal, value_and_grad("auto"), value_and_grad(False))
 
 
 def test_long_sums_stay_in_floats():

@@ -18,10 +18,10 @@ from . import __version__
 from ._compress import QAT, compress, initial
 from ._core.observe import sites
 from ._errors import ArtifactError, JaxCompressError, RecipeError
+from ._page import COLUMNS, report_of, summary
 from ._quantize import methods, recipes
 from ._quantize.aware import describe
 from ._quantize.recipe import Recipe
-from ._quantize.report import Report, Row
 from ._result import EXPORTS, ONNX, QONNX, REPORT, STABLEHLO, read_report
 from ._task import Task, load_task, user_code
 from .export import load, verify
@@ -205,61 +205,14 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 def _show(result: Mapping[str, Any], folder: pathlib.Path) -> None:
     """The table of sites, and below it what they cost and bring together."""
-    rows = tuple(Row(**row) for row in result["rows"])
     console = _console()
-    console.print(Report(result["task"], result["recipe"]["name"], rows).table())
-    table = Table("", "before", "after", "change")
-    for metric, old in result["metrics"]["before"].items():
-        new = result["metrics"]["after"].get(metric)
-        interval = result["comparison"]["accuracy"] if metric == "accuracy" else None
-        table.add_row(metric, _number(old), _number(new), _change(old, new, interval))
-    agreement = result["comparison"]["agreement"]
-    if agreement is not None:
-        table.add_row("same prediction", "", f"{agreement:.2%}", "")
-    for what, name in (("parameters", "parameters, bytes"), ("files", "files, bytes")):
-        old, new = (result["bytes"][what][when] for when in ("before", "after"))
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{old / max(new, 1):.2f} times smaller")
-    step = result["step_ms"]
-    old, new, ratio = (step[key] for key in ("before", "after", "ratio"))
-    name = f"{step['of']} step, ms"
-    table.add_row(name, f"{old:.2f}", f"{new:.2f}", f"{ratio:.2f} times as long")
-    for row in _deployed(result.get(ONNX)):
+    console.print(report_of(result).table())
+    table = Table(*COLUMNS)
+    for row in summary(result):
         table.add_row(*row)
-    if QONNX in result:
-        size, off = (result[QONNX][name] for name in ("bytes", "largest_difference"))
-        table.add_row("qonnx, bytes", "", f"{size:,}", f"its executor is off by {off:.2g}")
     console.print(table)
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     console.print(f"{folder}: {names}", highlight=False)
-
-
-def _deployed(onnx: Mapping[str, Any] | None) -> list[list[str]]:
-    """Rows of what an ONNX model costs in onnxruntime."""
-    if onnx is None:
-        return []
-    old, new = (onnx["bytes"][when] for when in ("before", "after"))
-    rows = [["onnx, bytes", f"{old:,}", f"{new:,}", f"{old / max(new, 1):.2f} times smaller"]]
-    for batch, times in onnx["latency_ms"].items():
-        if times is not None:
-            old, new = times["before"], times["after"]
-            name = f"onnxruntime, batch {batch}, ms"
-            rows.append([name, f"{old:.3f}", f"{new:.3f}", f"{new / old:.2f} times as long"])
-    left = onnx["in_floats"]
-    rows.append(["onnxruntime, sites in floats", "", str(len(left)), ", ".join(left)])
-    return rows
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-def _change(old: float | None, new: float | None, interval: Mapping[str, Any] | None) -> str:
-    if old is None or new is None:
-        return ""
-    text = f"{new - old:+.4f}"
-    if interval is None:
-        return text
-    return f"{text} (95 %, paired: {interval['low']:+.4f} to {interval['high']:+.4f})"
 
 
 def _console() -> Console:

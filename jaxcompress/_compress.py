@@ -21,10 +21,12 @@ from jax.core import Tracer
 
 from . import __version__
 from ._core.compressed import Compressed
+from ._core.curves import thinned
 from ._core.provenance import key_path
 from ._core.qtensor import nbytes
 from ._deploy import check_exports, deployed, export_for_any_batch, for_hardware
 from ._errors import JaxCompressError
+from ._page import write as write_page
 from ._quantize.aware import quantize_aware
 from ._quantize.post_training import quantize
 from ._quantize.recipe import Recipe
@@ -33,6 +35,7 @@ from ._quantize.storage import compressed_weights
 from ._result import (
     FLOAT_PARAMETERS,
     ONNX,
+    PAGE,
     PARAMETERS,
     QONNX,
     STABLEHLO,
@@ -80,12 +83,13 @@ def compress(
         params, x = initial(task, seed)
         _check(task, recipe, params, x, seed, method)
         check_exports(exports, task, recipe, params, x)
+        losses: dict[str, Any] = {}  # by name of the phase
         if method != QAT:
-            params, small = _after_training(task, recipe, method, params, seed, quiet)
+            params, small = _after_training(task, recipe, method, params, seed, quiet, losses)
             runs = _predictions(task, params, small.fn, small.params, x)
             stored_q, rows = small.params, small.report.rows
         else:
-            params, small, runs = _by_training(task, recipe, params, x, seed, quiet)
+            params, small, runs = _by_training(task, recipe, params, x, seed, quiet, losses)
             stored_q = compressed_weights(task.apply, recipe)(small.params, x)
             rows = report(task.apply, recipe)(small.params, x).rows
         before = _evaluate(task, task.apply, params)
@@ -131,10 +135,12 @@ def compress(
                 },
             },
             "step_ms": {"of": "training" if trained else "prediction", **_step_ms(*runs)},
+            "losses": losses,
             "rows": [dataclasses.asdict(row) for row in rows],
             **extra,
         }
         write_report(folder, result)
+        write_page(folder / PAGE, result)
     return result
 
 
@@ -193,33 +199,39 @@ def _check_finite(task: Task, params: Any, when: str) -> None:
             )
 
 
-def _train_float(task: Task, train: Train, params: Any, seed: int, quiet: bool) -> Any:
+def _train_float(
+    task: Task, train: Train, params: Any, seed: int, quiet: bool, losses: dict[str, Any]
+) -> Any:
     """The parameters after the training in float."""
     assert train.float_steps is not None and train.float_optimizer is not None  # Train fills in
     step = compiled_step(train.loss, train.float_optimizer)
     return _fit(
         task, step, params, train.float_optimizer, train.float_steps, [seed, 0], quiet,
-        "float training",
+        "float training", losses,
     )  # fmt: skip
 
 
 def _fit(
     task: Task, step: Callable, params: Any, tx: Any, steps: int, seed: list[int], quiet: bool,
-    label: str,
+    label: str, losses: dict[str, Any],
 ) -> Any:  # fmt: skip
+    """The parameters after so many steps; the curve of their loss goes into `losses`."""
     assert task.train is not None
+    batches = stream(task.train, seed)
     with user_code(f"training of task `{task.name}`"):
-        params = fit(step, params, tx, stream(task.train, seed), steps, label=label, quiet=quiet)
+        params, found = fit(step, params, tx, batches, steps, label=label, quiet=quiet)
+    losses[label] = thinned(found)
     _check_finite(task, params, f" after the {label}")
     return params
 
 
 def _after_training(
-    task: Task, recipe: Recipe, method: str, params: Any, seed: int, quiet: bool
-) -> tuple[Any, Compressed]:
+    task: Task, recipe: Recipe, method: str, params: Any, seed: int, quiet: bool,
+    losses: dict[str, Any],
+) -> tuple[Any, Compressed]:  # fmt: skip
     """(the float parameters, the model quantized after training)."""
     if task.train is not None:
-        params = _train_float(task, task.train, params, seed, quiet)
+        params = _train_float(task, task.train, params, seed, quiet, losses)
     progress = False if quiet else None
     small = quantize(
         task.apply, params, recipe, calibration=task.calibration, method=method.split("+"),
@@ -229,17 +241,20 @@ def _after_training(
 
 
 def _by_training(
-    task: Task, recipe: Recipe, params: Any, x: Any, seed: int, quiet: bool
-) -> tuple[Any, Compressed, tuple[Callable[[], Any], Callable[[], Any]]]:
+    task: Task, recipe: Recipe, params: Any, x: Any, seed: int, quiet: bool,
+    losses: dict[str, Any],
+) -> tuple[Any, Compressed, tuple[Callable[[], Any], Callable[[], Any]]]:  # fmt: skip
     """Parameters trained in float, the model trained from there, and a run of each, to time."""
     aware, train = quantize_aware(task.apply, recipe), task.train
     if train is None:
         runs = _predictions(task, params, aware, params, x)
         return params, Compressed(aware, params, None), runs
-    params = _train_float(task, train, params, seed, quiet)
+    params = _train_float(task, train, params, seed, quiet, losses)
     step_q = compiled_step(quantize_aware(train.loss, recipe), train.optimizer)
     label = f"training with {recipe.name}"
-    params_q = _fit(task, step_q, params, train.optimizer, train.steps, [seed, 1], quiet, label)
+    params_q = _fit(
+        task, step_q, params, train.optimizer, train.steps, [seed, 1], quiet, label, losses
+    )
     batch = next(stream(train, [seed, 1]))
     same = compiled_step(train.loss, train.optimizer)  # only the recipe makes the difference
     runs = _one_step(same, params, train, batch), _one_step(step_q, params, train, batch)

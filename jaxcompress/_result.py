@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result directories: written whole or not at all, read back, never mistaken for other files.
 
-A directory holds `report.json`, `model.safetensors` (everything that the compressed model has to
-store) and `float_model.safetensors`, both for `jc.load_params`; and `stablehlo`, the program, if it
-was asked for.
+A directory holds `report.json`, the same as a page, `report.html`, `model.safetensors` (everything
+that the compressed model has to store) and `float_model.safetensors`, both for `jc.load_params`;
+and `stablehlo`, the program, if it was asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ REPORT, PARAMETERS, FLOAT_PARAMETERS = (
     "model.safetensors",
     "float_model.safetensors",
 )
+PAGE = "report.html"
 STABLEHLO, ONNX, QONNX = EXPORTS = ("stablehlo", "onnx", "qonnx")
 _EARLIER = ("parameters.npz", "float_parameters.npz")  # names that results once had
 
@@ -85,7 +86,7 @@ def _check_replaceable(out: pathlib.Path) -> None:
     if not out.is_dir():
         raise ArtifactError(f"{out} is a file and the result a directory. Choose another --out.")
     names = {path.name for path in out.iterdir()}
-    foreign = sorted(names - {REPORT, PARAMETERS, FLOAT_PARAMETERS, *EXPORTS, *_EARLIER})
+    foreign = sorted(names - {REPORT, PAGE, PARAMETERS, FLOAT_PARAMETERS, *EXPORTS, *_EARLIER})
     if names and (foreign or REPORT not in names):
         raise ArtifactError(
             f"{out} exists and is not an earlier result: it holds {', '.join(sorted(names)[:3])}. "

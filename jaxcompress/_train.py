@@ -40,8 +40,10 @@ def fit(
     *,
     label: str = "training",
     quiet: bool = False,
-) -> Any:
-    """Trains `params` for so many steps and returns them; those passed in stay as they are.
+) -> tuple[Any, list[float]]:
+    """Trains `params` for so many steps: (parameters, the loss of each step).
+
+    Those passed in stay as they are.
 
     Args:
       step: made by `compiled_step` with the same optimizer.
@@ -56,17 +58,22 @@ def fit(
       JaxCompressError: the loss is NaN or infinite; names the first such step.
     """
     state, frozen = start(params, optimizer)
+    losses: list[float] = []
+    waiting: list[jax.Array] = []  # on the device
     with _progress(label, steps, quiet) as show:
         for i in range(steps):
             state, value = step(state, frozen, next(batches))
+            waiting.append(value)
             if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
                 if (bad := int(state.first_bad)) >= 0:
                     raise JaxCompressError(
                         f"{label}: the loss is not finite in step {bad} of {steps}. Lower the "
                         "learning rate, or look for a division by zero or a logarithm of zero."
                     )
-                show(i + 1, float(value))
-    return combine(state.weights, frozen)
+                losses += map(float, waiting)
+                waiting.clear()
+                show(i + 1, losses[-1])
+    return combine(state.weights, frozen), losses
 
 
 def start(params: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Any]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, from its words to what is on the disk and on the screen."""
 
+import html
 import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -16,10 +19,11 @@ from safetensors import safe_open
 import jaxcompress as jc
 from jaxcompress import _compress, _result
 from jaxcompress._cli import main
+from jaxcompress._page import summary
 from jaxcompress._task import load_task
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-FILES = {"report.json", "model.safetensors", "float_model.safetensors"}
+FILES = {"report.json", "report.html", "model.safetensors", "float_model.safetensors"}
 
 TASK = """
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -133,6 +137,25 @@ def test_compress_trains_measures_and_writes(write, folder, capsys):
     assert "training step, ms" in shown
     assert main(["report", "out"]) == 0
     assert capsys.readouterr().out == shown
+
+    losses = result["losses"]
+    assert [len(points) for points in losses.values()] == [60, 20]
+    assert losses["float training"][-1][1] < losses["float training"][0][1]
+    page = (folder / "out/report.html").read_text()
+    assert not re.findall(r"(?:src|href)=", page)  # it needs no other file
+    for text in ("tiny, recipe w8a8, method qat", "Loss while training", "Bytes by layer"):
+        assert text in page
+    for row in summary(result):
+        assert all(html.escape(cell) in page for cell in row)
+    (curve,) = (f for f in re.findall(r"<svg.*?</svg>", page) if "<polyline" in f)
+    lines = [el for el in ElementTree.fromstring(curve) if el.tag.endswith("polyline")]
+    points = [[p.split(",") for p in line.get("points").split()] for line in lines]
+    # Lower is a larger loss, and the second phase goes on where the first one ended.
+    heights = [float(y) for _, y in points[0]]
+    order = np.argsort([loss for _, loss in losses["float training"]], kind="stable")
+    assert (np.diff(np.array(heights)[order]) <= 0.1).all()
+    across = [float(x) for line in points for x, _ in line]
+    np.testing.assert_allclose(across, np.linspace(64, 744, 80), atol=0.06)
 
 
 def test_what_is_stored_is_the_model(write, folder):
@@ -521,7 +544,7 @@ def test_results_of_earlier_versions(write, folder, fails, capsys):
     assert main(["report", "out"]) == 0
     table, _, names = capsys.readouterr().out.rstrip().rpartition("\n")
     assert table == shown.rstrip().rpartition("\n")[0]
-    assert names == "out: float_parameters.npz, parameters.npz, report.json"
+    assert names == "out: float_parameters.npz, parameters.npz, report.html, report.json"
     with pytest.raises(jc.ArtifactError, match="has neither model.safetensors nor"):
         jc.load_params("out")
     assert main(["compress", path, "--out", "out"]) == 0

@@ -177,17 +177,21 @@ def test_batches_start_again_and_depend_on_the_seed_alone():
 def test_training_is_that_of_the_loop_written_by_hand():
     tx = optax.adam(0.1)
     params = {"w": jnp.zeros((3, 1)), "unused": np.float32(2)}
-    got = fit(compiled_step(loss, tx), params, tx, stream(train(), 0), 6)
+    got, losses = fit(compiled_step(loss, tx), params, tx, stream(train(), 0), 6)
 
     @jax.jit
     def step(params, state, batch):
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
 
     want, state = jax.tree.map(jnp.asarray, params), tx.init(params)
+    values = []
     for batch in itertools.islice(stream(train(), 0), 6):
-        want, state = step(want, state, batch)
+        want, state, value = step(want, state, batch)
+        values.append(float(value))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert losses == values
     np.testing.assert_array_equal(params["w"], np.zeros((3, 1)))  # not donated, not changed
 
 
@@ -196,7 +200,7 @@ def test_leaves_that_are_not_floating_point_are_left_alone():
     tx = optax.adamw(0.1)
     state, frozen = start(params, tx)
     assert jax.tree.structure(combine(state.weights, frozen)) == jax.tree.structure(params)
-    got = fit(compiled_step(loss, tx), params, tx, stream(train(), 0), 3)
+    got, _ = fit(compiled_step(loss, tx), params, tx, stream(train(), 0), 3)
     assert got["count"] == 4
     assert got["key"] == params["key"]
     assert not np.array_equal(got["w"], params["w"])

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 _STYLE = (
-    "<style>body { font-family: sans-serif; margin: 2em } h2 { font-size: 1.1em; margin-top: 2em }"
+    "<style>body { font-family: sans-serif; margin: 2em } h1 { font-size: 1.3em } "
+    "h2 { font-size: 1.1em; margin-top: 2em }"
     "table { border-collapse: collapse; font-size: 0.9em } caption { text-align: left; "
     "font-weight: bold; padding-bottom: 0.6em } td, th { padding: 0.2em 0.8em; text-align: left; "
     "border-bottom: 1px solid #ddd } tr:hover { background: #f4f6fa }</style>"
@@ -63,26 +64,12 @@ class Tabular:
 
         The file is there whole or not at all.
         """
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>{_STYLE}'
-        body = self._repr_html_() + "".join(self.figures)
-        page = f"<!DOCTYPE html><html><head>{head}</head><body>{body}</body></html>"
-        target = pathlib.Path(path)
-        temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_page(path, self.title, self._repr_html_() + "".join(self.figures))
 
     def _repr_html_(self) -> str:
         """The table as HTML, which notebooks show."""
 
-        def line(tag: str, cells: Sequence[str]) -> str:
-            return f"<tr>{''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"
-
-        body = "".join(line("td", row) for row in self.cells)
-        head = line("th", [heading for heading, _ in self.columns])
-        return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>"
+        return html_table(self.title, [heading for heading, _ in self.columns], self.cells)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -91,3 +78,26 @@ class Tabular:
         with console.capture() as text:
             console.print(self.table())
         return text.get()
+
+
+def html_table(caption: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table as HTML."""
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(t)}</{tag}>' for t in texts)}</tr>"
+
+    body = "".join(line("td", row) for row in cells)
+    return f"<table><caption>{html.escape(caption)}</caption>{line('th', columns)}{body}</table>"
+
+
+def write_page(path: str | os.PathLike, title: str, body: str) -> None:
+    """Writes a page of HTML, whole or not at all."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>{_STYLE}'
+    page = f"<!DOCTYPE html><html><head>{head}</head><body>{body}</body></html>"
+    target = pathlib.Path(path)
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -22,7 +22,8 @@ def with_qtensors(fn: Callable, *, argnums: ArgNums = 0) -> Callable:
     `fn` is traced with the arrays that QTensors stand for. Transposes, reshapes, slices, lookups,
     concatenations and casts move codes and scales; scans, branches, `jax.checkpoint` and
     `shard_map` pass them on; whatever else reads one gets the array, computed right there. The
-    result is that of `fn` with every QTensor dequantized, in the same bits under `jax.jit`.
+    result is that of `fn` with every QTensor dequantized, in the same bits under `jax.jit` (large
+    products on a CPU: but for the order of sums).
 
     Derivatives with respect to other arguments are as usual; for those beside QTensors in one
     pytree use `jax.grad(..., allow_int=True)`.

@@ -4,8 +4,8 @@
 XLA does not fuse the unpacking into a matrix product on CPUs: it writes the whole float weight
 first. A loop over blocks of the other axis of the weight writes one block at a time. Every output
 still is one sum over the whole contracted axis, in the order in which XLA's matmul adds up; with
-blocks of 256 and more channels and 512 and more terms that order does not depend on the block, so
-that the result has the same bits as that of the whole product.
+blocks of 256 and more channels and 512 and more terms that order does not depend on the block on
+CPUs with AVX512, so that the result has the same bits as that of the whole product there.
 """
 
 from __future__ import annotations

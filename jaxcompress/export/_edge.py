@@ -48,9 +48,9 @@ def onnx(
       path: of the file to write; replaced if it exists.
       opset: version of ONNX's operators, 18 or more: 19 for fp8, 21 for int4 and its groups, 23
         for fp4, 24 for MX scales, 25 for int2.
-      target: "onnxruntime" (uint8 activations, the forms for which it has integer kernels),
-        "tensorrt" (int8, zero points 0, biases in float, no dynamic ranges), or "portable" (as
-        written, uint8).
+      target: "onnxruntime" (uint8 activations and weights, which it multiplies exactly on every
+        CPU, in the forms for which it has integer kernels), "tensorrt" (int8, zero points 0,
+        biases in float, no dynamic ranges), or "portable" (as written, uint8).
       symbolic_batch: let the model take any size in place of the leading one of the inputs.
       strict: refuse to write a model of which onnxruntime computes a quantized site in floats.
       external_data: weights in a file beside it; by default only those of models above 2 GB.

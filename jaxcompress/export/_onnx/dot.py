@@ -218,6 +218,7 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
         return None
     order_b = (*b.batch, *b.summed, *b.free)
     shape = (*b.sizes(b.batch), math.prod(b.sizes(b.summed)), math.prod(b.sizes(b.free)))
+    own: list[str] = []  # the zero point of a right operand that is no constant
     if qb.constant:
         small = qb.storage(cv.opset)
         if small is None or small.name not in ("int8", "int4", "int2"):
@@ -232,7 +233,9 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
         if qb.low < -128 or qb.high > 127:
             return None
         found = numbers_of(cv, qb)
-        numbers = cv.elementwise("Cast", [found], found.shape, np.int8, to=cv.dtype(np.int8))
+        shifted = cv.elementwise("Add", [found, np.float32(128)], found.shape, np.float32)
+        numbers = cv.elementwise("Cast", [shifted], found.shape, np.uint8, to=cv.dtype(np.uint8))
+        own = [cv.graph.constant(np.uint8(128))]
         weight, scale = cv.tensor(numbers, order_b), thin(cv, qb.scale, order_b)
         if len(b.summed) != 1 or len(b.free) != 1:
             weight = cv.reshaped(weight, shape)
@@ -244,7 +247,7 @@ def _dynamic(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
         codes, point = unsigned(cv, qa)
         left, point = _left(cv, a, codes), point + int(zero.reshape(()))
     unit, point = qa.measured or ("", cv.graph.constant(np.uint8(point)))
-    total = cv.cast(cv.graph.emit("MatMulInteger", [left, weight, point]), np.float32)
+    total = cv.cast(cv.graph.emit("MatMulInteger", [left, weight, point, *own]), np.float32)
     if unit:  # the form of DynamicQuantizeMatMul
         out = cv.graph.emit("Mul", [total, cv.graph.emit("Mul", [unit, scale])])
         return out if dtype == np.float32 else cv.cast(out, dtype)
@@ -333,18 +336,24 @@ def _whole(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
     small = all(np.dtype(s.x.dtype).name in ("int8", "uint8") for s in (a, b)) and dtype == np.int32
     if not small:
         return None
-    left = a
-    point = []
-    if a.x.dtype == np.int8:  # kernels are faster for unsigned left operands
-        wide = cv.elementwise("Cast", [a.x], a.x.shape, np.int32, to=cv.dtype(np.int32))
-        shifted = cv.elementwise(
-            "Add", [wide, np.broadcast_to(np.int32(128), wide.shape)], wide.shape, np.int32
-        )
-        codes = cv.elementwise("Cast", [shifted], wide.shape, np.uint8, to=cv.dtype(np.uint8))
-        left, point = a._replace(x=codes), [cv.graph.constant(np.uint8(128))]
-    return cv.graph.emit(
-        "MatMulInteger", [_left(cv, left, left.x), _right(cv, b, np.dtype(b.x.dtype)), *point]
+    (left, *point), (right, *other) = (_bytes(cv, side) for side in (a, b))
+    if other and not point:
+        point = [cv.graph.constant(np.uint8(0))]
+    names = [_left(cv, left, left.x), _right(cv, right, np.dtype(right.x.dtype))]
+    return cv.graph.emit("MatMulInteger", [*names, *point, *other])
+
+
+def _bytes(cv: Converter, side: Side) -> tuple:
+    """(an operand of int8 in uint8, its zero point), as kernels are fast and exact for; others as
+    they are, and so are constants (`passes.py`)."""
+    if side.x.dtype != np.int8 or not isinstance(side.x, Value):
+        return (side,)
+    wide = cv.elementwise("Cast", [side.x], side.x.shape, np.int32, to=cv.dtype(np.int32))
+    shifted = cv.elementwise(
+        "Add", [wide, np.broadcast_to(np.int32(128), wide.shape)], wide.shape, np.int32
     )
+    codes = cv.elementwise("Cast", [shifted], wide.shape, np.uint8, to=cv.dtype(np.uint8))
+    return side._replace(x=codes), cv.graph.constant(np.uint8(128))
 
 
 @rule("ragged_dot_general", "ragged_dot")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from typing import Any
@@ -34,9 +35,10 @@ def stored_rows(model: onnx.ModelProto, packing: Packing, params: Any, inputs: t
             continue
         size = sum(len(t.raw_data) for t in mine)
         taken += size
-        largest = onnx.TensorProto.DataType.Name(max(mine, key=lambda t: len(t.raw_data)).data_type)
+        most = max(mine, key=lambda t: len(t.raw_data))
+        largest = onnx.TensorProto.DataType.Name(most.data_type)
         why, kind = row.reason, largest.lower()
-        if kind == "uint8" and row.weight != kind:
+        if kind == "uint8" and row.weight != kind and math.prod(most.dims) < math.prod(row.shape):
             kind = f"{row.weight} in uint8"  # several numbers a byte
         if largest in ("FLOAT", "DOUBLE") and not why:
             why = f"ONNX has no {row.weight} with these scales: stored decoded"

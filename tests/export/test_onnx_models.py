@@ -306,8 +306,10 @@ def test_targets(tmp_path):
         got[target] = jc.export.onnx(fn, params, x, path=path, target=target).run(x)
         names = operations(path)
         assert names["Gemm"] == (0 if target == "tensorrt" else 2)
-        if target == "tensorrt":
-            arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+        arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+        if target != "tensorrt":  # two products of a byte and more than 64 may leave 16 bits
+            assert all(np.abs(a.astype(int)).max() <= 64 for a in arrays if a.dtype == np.int8)
+        else:
             assert all(not a.any() for a in arrays if a.dtype == np.int8 and a.ndim == 0)
             assert not any(a.dtype in (np.uint8, np.int32) for a in arrays)
     for other in ("tensorrt", "portable"):

@@ -302,9 +302,9 @@ def _unsigned_weights(graph: Graph, outputs: list[str]) -> None:
             node.input.append("")
         point = view.constant(node.input[zero]) if node.input[zero] else np.int8(0)
         stem = re.sub(r"_\d+$", "", node.input[code])
-        for i, x, stem in ((code, codes, stem), (zero, point, f"{stem}.zero_point")):
+        for i, x, name in ((code, codes, stem), (zero, point, f"{stem}.zero_point")):
             shifted = (np.asarray(x, np.int16) + 128).astype(np.uint8)
-            node.input[i] = graph.constant(shifted, stem)
+            node.input[i] = graph.constant(shifted, name)
 
     for node in list(graph.nodes):
         if node.op_type in ("MatMulInteger", "ConvInteger"):

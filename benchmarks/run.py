@@ -23,6 +23,7 @@ SHORT = {"qat.py": ["--only", "mlp,decoder"]}
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="tiny sizes, one round")
+    parser.add_argument("--rounds", type=int, help="by default those of the scripts")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     args = parser.parse_args()
     if not args.short:
@@ -32,7 +33,10 @@ def main():
         )
     for script in SCRIPTS:
         start = time.perf_counter()
-        more = SHORT.get(script, []) + ["--short"] if args.short else ["--out", str(args.out)]
+        turns = [] if args.rounds is None else ["--rounds", str(args.rounds)]
+        more = (
+            SHORT.get(script, []) + ["--short"] if args.short else ["--out", str(args.out), *turns]
+        )
         subprocess.run([sys.executable, str(HERE / script), *more], check=True)
         print(f"{script}: {time.perf_counter() - start:.0f} s", flush=True)
 

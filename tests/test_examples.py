@@ -5,7 +5,11 @@ import importlib.util
 import pathlib
 import re
 
+import jax
+import numpy as np
 import pytest
+
+import jaxcompress as jc
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 TABLES = {
@@ -90,3 +94,17 @@ def test_everything_in_one_step(capsys, noise_images):
     assert sizes["int4"] == codes + bits + 4 * 266
     # Half of the codes, and two bits for each value that is kept; ten of them take three bytes.
     assert sizes["2:4, int4"] == codes // 2 + codes // 4 + 64 // 2 + bits + 4 * 266
+
+
+def test_text_predicts_the_next_byte_from_earlier_ones():
+    module = load("text")
+    params, rows = module.init(jax.random.key(0)), module.test_rows[:2]
+    ids = rows[:, :-1]
+    later = np.concatenate([ids[:, :64], 255 - ids[:, 64:]], axis=1)
+    for fn in (module.apply, jc.quantize_aware(module.apply, "w8a8")):
+        logits, other = (jax.jit(fn)(params, x) for x in (ids, later))
+        np.testing.assert_array_equal(logits[:, :64], other[:, :64])
+        assert np.abs(logits[:, 64:] - other[:, 64:]).max() > 0.1
+    assert abs(float(module.loss(params, rows)) - np.log(256)) < 1  # nothing is learned yet
+    found = module.evaluate(lambda x: np.eye(256)[np.roll(x, -1, axis=1)] * 100)
+    assert found["accuracy"] > 0.99 * (module.LENGTH - 1) / module.LENGTH

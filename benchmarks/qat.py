@@ -79,8 +79,11 @@ def block(ops, p, x, heads, causal):
 
 def transformer(ops, p, ids, heads=4, causal=False):
     x = p["embed"][ids]
-    for layer in p["layers"]:
-        x = block(ops, layer, x, heads, causal)
+    if isinstance(p["layers"], dict):  # stacked
+        x, _ = lax.scan(lambda x, w: (block(ops, w, x, heads, causal), None), x, p["layers"])
+    else:
+        for layer in p["layers"]:
+            x = block(ops, layer, x, heads, causal)
     return ops.dot(norm(x), p["head"])
 
 
@@ -103,6 +106,11 @@ def transformer_case(short, d=256, layers=4, heads=4, seq=128, batch=16, causal=
 
 def decoder_case(short):
     return transformer_case(short, d=384, layers=3, heads=6, seq=128, batch=8, causal=True)
+
+
+def scanned_case(short):
+    fn, p, x, y = transformer_case(short, d=128, layers=8, causal=True)
+    return fn, p | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *p["layers"])}, x, y
 
 
 def scaled(x):
@@ -174,6 +182,7 @@ def depthwise_case(short):
 CASES = {
     "mlp": mlp_case, "transformer": transformer_case, "resnet": resnet_case,
     "mixer": mixer_case, "decoder": decoder_case, "depthwise": depthwise_case,
+    "scanned": scanned_case,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- candidates
@@ -229,8 +238,8 @@ def candidates(name, fn, p, x):
         "jaxcompress": jc.quantize_aware(stock, RECIPE),
         "jaxcompress, floats": jc.quantize_aware(stock, RECIPE, integer=False),
     }
-    # qwix 0.1.8 raises where a grouped convolution is differentiated.
-    if importlib.util.find_spec("qwix") and name != "depthwise":
+    # qwix 0.1.8 raises where a grouped convolution is differentiated, and has no layers to scan.
+    if importlib.util.find_spec("qwix") and name not in ("depthwise", "scanned"):
         out["qwix"] = with_qwix(fn, p, x)
     return out
 

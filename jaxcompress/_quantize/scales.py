@@ -110,7 +110,7 @@ def to_grid(
 def _covers(q: Quantizer) -> bool:
     """Whether a range leaves no value of the grid outside, so that nothing has to be clamped."""
     fmt = q.format
-    whole = isinstance(fmt, formats.Integer) and fmt.min <= -fmt.max
+    whole = type(fmt) is formats.Integer and fmt.min <= -fmt.max  # others round in their own way
     return whole and q.range == "absmax" and q.convention == "max" and not q.power_of_two
 
 

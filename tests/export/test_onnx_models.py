@@ -534,3 +534,22 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(bare.SerializeToString())
     with pytest.raises(jc.ArtifactError, match="no ONNX model of jaxcompress"):
         jc.export.load(path)
+
+
+@pytest.mark.parametrize("left", ["int8", "uint8"])
+@pytest.mark.parametrize("right", ["int8", "uint8"])
+@pytest.mark.parametrize("known", ["left", "right", "neither"])
+def test_products_of_bytes_are_exact(left, right, known, tmp_path):
+    """Of the largest numbers: pairs of uint8 times int8 leave 16 bits, where kernels saturate."""
+    a, b = (np.full(s, np.iinfo(d).max, d) for s, d in (((5, 64), left), ((64, 3), right)))
+    a[::2] = np.iinfo(left).min
+
+    def fn(p, x):
+        l, r = (p, x) if known == "left" else (x, p)  # noqa: E741
+        l, r = (l, r) if known != "neither" else x  # noqa: E741
+        return lax.dot_general(l, r, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+
+    p, x = (a, b) if known == "left" else (b, a)
+    x = x if known != "neither" else (a, b)
+    found = jc.export.onnx(fn, p, x, path=tmp_path / "m.onnx")
+    np.testing.assert_array_equal(found.run(x), a.astype(np.int32) @ b.astype(np.int32))

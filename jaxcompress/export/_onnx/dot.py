@@ -336,17 +336,17 @@ def _whole(cv: Converter, a: Side, b: Side, dtype: np.dtype) -> str | None:
     small = all(np.dtype(s.x.dtype).name in ("int8", "uint8") for s in (a, b)) and dtype == np.int32
     if not small:
         return None
-    (left, *point), (right, *other) = (_bytes(cv, side) for side in (a, b))
-    if other and not point:
-        point = [cv.graph.constant(np.uint8(0))]
+    left, *point = _bytes(cv, a)
+    right, *other = _bytes(cv, b) if isinstance(b.x, Value) else (b,)  # constants: `passes.py`
+    point = point or [cv.graph.constant(np.uint8(0))]  # says that the left one is uint8
     names = [_left(cv, left, left.x), _right(cv, right, np.dtype(right.x.dtype))]
     return cv.graph.emit("MatMulInteger", [*names, *point, *other])
 
 
 def _bytes(cv: Converter, side: Side) -> tuple:
     """(an operand of int8 in uint8, its zero point), as kernels are fast and exact for; others as
-    they are, and so are constants (`passes.py`)."""
-    if side.x.dtype != np.int8 or not isinstance(side.x, Value):
+    they are."""
+    if side.x.dtype != np.int8:
         return (side,)
     wide = cv.elementwise("Cast", [side.x], side.x.shape, np.int32, to=cv.dtype(np.int32))
     shifted = cv.elementwise(

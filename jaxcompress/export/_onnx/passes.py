@@ -296,18 +296,21 @@ def _unsigned_weights(graph: Graph, outputs: list[str]) -> None:
 
     def moved(node: onnx.NodeProto, code: int, zero: int) -> None:
         codes = view.constant(node.input[code])
-        if codes is None or codes.dtype != np.int8 or np.abs(codes.astype(int)).max() <= 64:
+        if codes is None or codes.dtype != np.int8:
+            return
+        if np.abs(codes.astype(np.int16)).max(initial=0) <= 64:
             return
         while len(node.input) <= zero:
             node.input.append("")
         point = view.constant(node.input[zero]) if node.input[zero] else np.int8(0)
+        assert point is not None
         stem = re.sub(r"_\d+$", "", node.input[code])
         for i, x, name in ((code, codes, stem), (zero, point, f"{stem}.zero_point")):
             shifted = (np.asarray(x, np.int16) + 128).astype(np.uint8)
             node.input[i] = graph.constant(shifted, name)
 
     for node in list(graph.nodes):
-        if node.op_type in ("MatMulInteger", "ConvInteger"):
-            moved(node, 1, 3)
+        if node.op_type in ("MatMulInteger", "ConvInteger") and len(node.input) > 2:
+            moved(node, 1, 3)  # a zero point says that the left operand is uint8
         elif node.op_type in ("MatMul", "Gemm", "Conv") and (found := view.integers(node)):
             moved(found[1], 0, 2)

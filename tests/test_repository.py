@@ -33,9 +33,11 @@ ROWS = {
     "_task": LAST,
     "_train": LAST,
     "_result": LAST,
+    "_page": LAST,
     "_compress": LAST,
     "_deploy": LAST,
     "_cli": LAST,
+    "__main__": LAST,
 }
 OPTIONAL = (
     "chex equinox flatbuffers flax haiku hls4ml onnx onnx_ir onnxruntime orbax qonnx rich "

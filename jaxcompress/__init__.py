@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are used: half of the time that importing everything takes.
+# Imported when they are used: a third of the time that importing everything takes.
 _ROOMS = ("distill", "export", "prune")
 _FROM_EXPORT = ("load_params", "save_params")
 

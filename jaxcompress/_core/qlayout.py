@@ -77,7 +77,7 @@ def bind(
     if name in _RULES and is_qtensor(values[0]):
         out = _RULES[name](*values, **given)
     elif name == "dot_general":
-        out = qdot.dot_general(*values, run=run, part=qpick.block, **given)
+        out = qdot.dot_general(*values, **given)
     if out is None:
         return run([dequantized(v) for v in values])
     return out if isinstance(out, list) else [out]

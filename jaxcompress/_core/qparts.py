@@ -47,7 +47,7 @@ class Parts:
         ndim, fmt, scale = len(self.shape), self.q.format, self.scales[0]
         zero = self.scales[1] if len(self.scales) > 1 else None
         blocks = from_levels(self.levels, ndim)
-        axis = self.axis - ndim if fmt.code_bits < 8 else -1
+        axis = self.axis - ndim
         if self.codes is not None:
             return QTensor.from_codes(
                 self.codes, scale, zero,
@@ -68,6 +68,10 @@ class Parts:
             self.codes = f(self.codes, a)
         else:
             self.packed = f(self.packed, a)
+        self.scales_along(a, f, size, on_blocks)
+
+    def scales_along(self, a: int, f: Along, size: int, on_blocks: Along | None = None) -> None:
+        """The same to all but the codes."""
         k = self.cut_by(a)
         place = self.labels.index(a if k is None else ("blocks", k))
         g = f if k is None else on_blocks

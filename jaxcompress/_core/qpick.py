@@ -62,10 +62,8 @@ def block(q: QTensor, axis: int, i: Any, size: int) -> QTensor | None:
         return p.build()
     if size % codes:
         return None
-    packed = start(size // codes * taken)(p.packed, axis)
-    p.codes = p.packed  # stands for them: only the scales are cut here
-    p.along(axis, start(size), size)
-    p.codes, p.packed = None, packed
+    p.packed = start(size // codes * taken)(p.packed, axis)
+    p.scales_along(axis, start(size), size)
     return dataclasses.replace(p.build(), unused=0)
 
 
@@ -141,7 +139,8 @@ def concatenate(*operands: Any, dimension: int) -> QTensor | None:
     if not all(map(is_qtensor, operands)):
         return None
     opened = [p for p in map(open_parts, operands) if p is not None]
-    kinds = {(q.format, q.dtype, q.blocks, q.axis, q.zero_point is None) for q in operands}
+    axis = lambda q: q.axis if q.format.code_bits < 8 else None  # noqa: E731
+    kinds = {(q.format, q.dtype, q.blocks, axis(q), q.zero_point is None) for q in operands}
     if len(opened) < len(operands) or len(kinds) > 1:
         return None
     p, a = opened[0], dimension

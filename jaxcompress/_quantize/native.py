@@ -26,7 +26,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from .. import formats
-from .._core import _compat, qdot, qpick
+from .._core import _compat, qdot
 from .._core.blocks import Blocks
 from .._core.qtensor import QTensor, dequantized, is_qtensor
 from .._core.sites import Site
@@ -67,15 +67,10 @@ class Native(NamedTuple):
 
     def plain(self, lhs: Any, rhs: Any) -> Any:
         """The product of the floats, packed ones a block at a time where that saves memory."""
-        params = dict(self.params)
-
-        def bind(values: Sequence) -> list:
-            return [lax.dot_general_p.bind(*values, **params)]
-
-        out = None
+        params, out = dict(self.params), None
         if is_qtensor(lhs) or is_qtensor(rhs):
-            out = qdot.dot_general(lhs, rhs, run=bind, part=qpick.block, **params)
-        return (out or bind([dequantized(lhs), dequantized(rhs)]))[0]
+            out = qdot.dot_general(lhs, rhs, **params)
+        return out[0] if out else lax.dot_general_p.bind(*map(dequantized, (lhs, rhs)), **params)
 
 
 def possible(site: Site, quantizers: Sequence[Quantizer | None]) -> Native | None:

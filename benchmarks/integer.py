@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of integers over float32: int8 linear layers and convolutions, packed int4.
+"""Products of integers and of packed weights over float32: linear layers and convolutions.
 
-Linear: K = 1024 terms, N = 4096 columns, M = 1, 32 and 256 rows; the activation is quantized per
-token inside what is measured, the weight is stored in int8. Convolutions: 3 x 3, 32, 64 channels.
-int4 in groups of 128 is a loop over groups of products of int8 (`w4a8`), or dequantized for a float
-one (`w4a16`). onnxruntime (MatMulInteger, u8 x s8; MatMulNBits, int4 in groups of 128, accuracy
-level 4) runs beside where it is installed, on one thread.
+Linear: K = 1024 terms, N = 4096 columns, M = 1, 4, 32 and 256 rows; the weight is stored in int8
+or in int4 in groups of 128. `w8a8` and `w4a8` quantize the activation per token inside what is
+measured, and multiply integers where `quantize_aware` does; `w8a16` and `w4a16` multiply floats, a
+part of the weight at a time. "x @ w.T": the weight is stored as [N, K], like a tied embedding.
+Convolutions: 3 x 3, 32 and 64 channels. onnxruntime (MatMulInteger, u8 x s8; MatMulNBits, int4 in
+groups of 128, accuracy level 4) runs beside where it is installed, on one thread.
 
 Usage: python benchmarks/integer.py [--short] [--rounds 15] [--out FILE]
 """
@@ -36,26 +37,28 @@ GROUPS = jc.Quantizer("int4", "group:128")
 W4A8 = jc.Recipe([jc.Rule("*", weight=GROUPS, activation=jc.Quantizer("int8", "token"))])
 
 
-def linear(m, k, n):
-    """{candidate: (compiled, arguments)} of x [m, k] times w [k, n]."""
+def linear(m, k, n, turned=False):
+    """{candidate: (compiled, arguments)} of x [m, k] times w [k, n], or w [n, k] transposed."""
     x = jax.random.normal(jax.random.key(0), (m, k))
-    w = jax.random.normal(jax.random.key(1), (k, n)) * k**-0.5
-    dot = lambda p, x: x @ p["w"]  # noqa: E731
-    int8 = {"w": jc.Quantizer("int8").quantize(w, axis=0)}
-    int4 = {"w": GROUPS.quantize(w, axis=0)}
-    ours = jc.quantize_aware(dot, "w8a8", integer=True)
+    w = jax.random.normal(jax.random.key(1), (n, k) if turned else (k, n)) * k**-0.5
+    dot = lambda p, x: x @ (p["w"].T if turned else p["w"])  # noqa: E731
+    int8 = {"w": jc.Quantizer("int8").quantize(w, axis=int(turned))}
+    int4 = {"w": GROUPS.quantize(w, axis=int(turned))}
     out = {
         "float32": compiled(dot, {"w": w}, x),
-        "int8": compiled(ours, int8, x),
-        "int4 group 128": compiled(jc.quantize_aware(dot, W4A8), int4, x),
-        "int4 group 128, floats": compiled(jc.with_qtensors(dot), int4, x),
+        "w8a8": compiled(jc.quantize_aware(dot, "w8a8"), int8, x),
+        "w8a16": compiled(jc.with_qtensors(dot), int8, x),
+        "w4a8": compiled(jc.quantize_aware(dot, W4A8), int4, x),
+        "w4a16": compiled(jc.with_qtensors(dot), int4, x),
     }
-    for name in ("int8", "int4 group 128")[: 1 if m == 1 else 2]:  # one row of groups: in floats
-        assert integer_products(out[name][0]) >= 1, name
-    for name, held, most in (("int8", int8, 0.05), ("int4 group 128", int4, 0.2)):
-        error = jnp.abs(out[name][0](held, x) - x @ w).max() / jnp.abs(x @ w).max()
+    if m >= 32:
+        assert integer_products(out["w8a8"][0]) >= 1
+        assert turned or integer_products(out["w4a8"][0]) >= 1
+    want, params = dot({"w": w}, x), {"w8": int8, "w4": int4}
+    for name, most in (("w8a8", 0.05), ("w8a16", 0.05), ("w4a8", 0.2), ("w4a16", 0.2)):
+        error = jnp.abs(out[name][0](params[name[:2]], x) - want).max() / jnp.abs(want).max()
         assert float(error) < most, (name, error)
-    if importlib.util.find_spec("onnxruntime"):
+    if importlib.util.find_spec("onnxruntime") and not turned:
         codes = np.random.default_rng(0).integers(0, 256, x.shape).astype(np.uint8)
         inputs = {"w": np.asarray(int8["w"].codes)}
         out["onnxruntime u8 x s8"] = with_onnxruntime("MatMulInteger", codes, inputs, np.int32, n)
@@ -119,8 +122,10 @@ def conv(channels, batch, size):
 
 def cases(short):
     k, n = (256, 512) if short else (1024, 4096)
-    for m in (1, 32, 256):
+    for m in (1, 4, 32, 256):
         yield f"linear, {m} x {k} x {n}", linear(m, k, n)
+    for m in (1, 32):
+        yield f"x @ w.T, {m} x {k} x {n}", linear(m, k, n, turned=True)
     for channels in (32, 64):
         batch, size = (1, 8) if short else (16, 32)
         yield f"conv 3 x 3, {channels} channels", conv(channels, batch, size)

@@ -306,7 +306,7 @@ def step_of(fn):
 
 
 def run(name, short, rounds):
-    """Rows of (candidate, ratios of step, trace and lower, compile, temporary bytes, eager call).
+    """Rows of (candidate, ratios of step, trace and lower, compile, memory, eager call).
 
     Tracing and compiling are of functions that no cache knows, in a warm process: medians of
     three, candidates in turns. An eager call is one forward pass of the function itself, over the
@@ -333,13 +333,14 @@ def run(name, short, rounds):
     calls = measure(eager, rounds)
     base, integers = times["float32"][0], integer_products(compiled["jaxcompress"][0])
     print(f"\n{name}: float32 step {base * 1e3:.2f} ms; {integers} products of integers")
-    print(f"{'':22}{'step':>8}{'+-':>7}{'trace':>8}{'compile':>9}{'temp':>8}{'eager':>8}")
+    heads = ("step", "+-", "trace", "compile", "temp", "memory", "eager")
+    print(" " * 22 + "".join(f"{head:>8}" for head in heads))
     rows = []
     for label, (t, s) in times.items():
         ratios = (t / base, s, *(a / b for a, b in zip(cost[label], cost["float32"])))
         call = f"{calls[label][0] / calls['float32'][0]:.2f}" if label in calls else ""
         rows.append((label, *(f"{r:.2f}" for r in ratios), call))
-        print("{:22}{:>8.3f}{:>7.3f}{:>8.2f}{:>9.2f}{:>8.2f}{:>8}".format(label, *ratios, call))
+        print(f"{label:22}" + "".join(f"{r:8.3f}" for r in ratios) + f"{call:>8}")
     return rows
 
 
@@ -356,8 +357,8 @@ def main():
     if args.out:
         with args.out.open("a") as f:
             print(f"\n## Train step over float32\n\n{machine()}, {args.rounds} rounds.\n", file=f)
-            head = "model | candidate | step | spread | trace + lower | compile | temp | eager call"
-            print(f"| {head} |\n|{'---|' * 8}", file=f)
+            head = "model | candidate | step | spread | trace + lower | compile | temp | memory"
+            print(f"| {head} | eager |\n|{'---|' * 9}", file=f)
             for name, rows in found.items():
                 for row in rows:
                     print(f"| {' | '.join((name, *row))} |", file=f)

@@ -51,7 +51,7 @@ def once(sizes, rounds, devices=1):
             step = split(step, mesh)
             x, y = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, y))
         jax.jit(step_of(lambda p, x, f=f: f(p, x))).lower(p, x, y)  # what a warm process has
-        c, (traced, _, temporary) = build(step, (p, x, y))
+        c, (traced, _, temporary, _) = build(step, (p, x, y))
         cost[name] = traced, temporary
         compiled[name] = c, (p, x, y)
     return {name: (t, *cost[name]) for name, (t, _) in measure(compiled, rounds).items()}

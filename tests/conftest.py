@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, strict rank promotion, and the twins that tests compare with."""
 
+import gc
 import gzip
 import os
 
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Collecting takes longer the more a process has compiled: a tenth of the time of the whole suite.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.transform import Listing, Traced, Transformed
+from .._core.region import Traced
+from .._core.transform import Listing, Transformed
 from .._errors import JaxCompressError
 from .stream import Batches, Inputs, collect
 

@@ -18,8 +18,8 @@ from jax.extend.core import Literal
 from . import _compat
 from .analyze import CALLS
 from .arguments import label_arguments
+from .region import Traced
 from .sites import Plan, Site
-from .transform import Traced
 
 _MOVES = frozenset("reshape transpose broadcast_in_dim squeeze expand_dims copy".split())
 _SAME = frozenset("convert_element_type copy stop_gradient name optimization_barrier".split())

@@ -18,8 +18,9 @@ from . import autodiff, typed
 from .analyze import Analyzer
 from .arguments import label_arguments, name_of
 from .provenance import CONSTANT, DATA, Label
+from .region import Traced
 from .staging import Packed, Staged, split, stage
-from .transform import Traced, Transformed, distinct
+from .transform import Transformed, distinct
 
 _WEIGHT_LEAF = Label(params=frozenset([0]))
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from .._core.provenance import split_path
 from .._core.qtensor import is_qtensor, nbytes
+from .._core.region import Traced
 from .._core.sites import Site
-from .._core.transform import Traced
 from .at_site import Setting
 from .aware import QuantizeAware, describe, why_not
 from .recipe import Recipe

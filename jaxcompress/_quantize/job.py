@@ -9,7 +9,8 @@ from typing import Any
 
 from .._calibration.data import Data
 from .._calibration.stream import Batches, Inputs
-from .._core.transform import Traced, Transformed
+from .._core.region import Traced
+from .._core.transform import Transformed
 from .aware import QuantizeAware
 from .recipe import Recipe
 

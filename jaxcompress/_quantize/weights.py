@@ -14,8 +14,8 @@ from .._core import qmove, qparts
 from .._core.provenance import split_path
 from .._core.qtensor import QTensor, is_stored
 from .._core.reading import read
+from .._core.region import Traced
 from .._core.sites import Site
-from .._core.transform import Traced
 from .quantizer import Quantizer
 from .stateful import packed_in_range, slots
 

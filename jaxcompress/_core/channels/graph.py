@@ -16,9 +16,10 @@ from jax.extend.core import Literal
 
 from .. import _compat
 from ..arguments import ArgNums, label_arguments
+from ..region import Traced
 from ..sites import Plan, Site
 from ..staging import split
-from ..transform import Listing, Traced, Transformed
+from ..transform import Listing, Transformed
 from . import flow
 from .indices import Indices
 from .rules import MOVES, rule

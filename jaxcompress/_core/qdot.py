@@ -65,9 +65,10 @@ class Product(NamedTuple):
         kept = [d for d in range(x.ndim) if d not in outer]
         channels, own = [q.shape[d] for d in free], [x.shape[d] for d in kept]
         matrix, m = _as_matrix(q, inner, free), math.prod(own)
+        k = math.prod(q.shape[d] for d in inner)
         if matrix is None or _loop(*matrix, m) is None:
             return None
-        y = _matmul(*matrix, lax.reshape(lax.transpose(x, (*kept, *outer)), (m, x.size // m)))
+        y = _matmul(*matrix, lax.reshape(lax.transpose(x, (*kept, *outer)), (m, k)))
         if self.side:
             return lax.reshape(y, (*own, *channels))
         return lax.reshape(lax.transpose(y, (1, 0)), (*channels, *own))
@@ -86,8 +87,10 @@ def dot_general(lhs: Any, rhs: Any, **params: Any) -> list | None:
     summed, batch = params["dimension_numbers"]
     if is_qtensor(x) or batch[side] or q.size < _SMALLEST or len(summed[side]) in (0, q.ndim):
         return None
-    if not x.size or x.dtype not in _DTYPES or any(jax.typeof(x).sharding.spec):
+    if 0 in x.shape or x.dtype not in _DTYPES:
         return None
+    if any(any(jax.typeof(a).sharding.spec) for a in (x, q.packed)):
+        return None  # a mesh with explicit axes splits it
     return [_jitted(q, x, Product(tuple(sorted(params.items())), side))[0]]
 
 
@@ -131,9 +134,10 @@ def _matmul(q: QTensor, along: bool, x: jax.Array) -> jax.Array:
     return product(q, x)
 
 
-def _loop(q: QTensor, along: bool, rows: int) -> Callable | None:
-    """The loop for so many rows."""
+def _loop(q: QTensor, along: bool, rows: Any) -> Callable | None:
+    """The loop for so many rows, which may be a symbol of `jax.export`."""
     n, cut = q.shape[0 if along else 1], q.blocks
+    rows = rows if isinstance(rows, int) else math.inf
     if not along and rows <= min(_FEW, q.size // _EACH):
         k, found, lead = q.shape[0], 0, ()
         if cut is None:

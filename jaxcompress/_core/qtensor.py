@@ -54,7 +54,7 @@ class QTensor(Stored):
         dtype: of the array this stands for.
         unused: how many codes at the end of each packed row are no values of the array.
         blocks: how the array is cut into groups; None without groups.
-        axis: the packed axis, negative.
+        axis: the packed axis, negative; from 8 bits up the one along which codes lie.
         global_scale: float32, of formats with two levels of scales: one for the array, or one
             for each index of its leading axes; or None.
     """

@@ -4,6 +4,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,6 +129,16 @@ def test_scales_have_gradients():
     of = lambda f: jax.grad(lambda q: f(q, x).sum(), allow_int=True)(q).scale  # noqa: E731
     want = of(lambda q, x: function(q.dequantize(), x))
     np.testing.assert_allclose(of(jc.with_qtensors(function)), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("along", [False, True])
+def test_any_number_of_rows_is_exported(along):
+    q = weight("int4", None, (N, K) if along else (K, N), int(along))
+    fn = jax.jit(jc.with_qtensors(lambda w, x: x @ w.T if along else x @ w))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"rows, {K}"), "float32")
+    exported = jax.export.export(fn)(q, rows)
+    for x in (normal(1, K), normal(40, K)):
+        close(exported.call(q, x), np.asarray(x, np.float64) @ (exact(q).T if along else exact(q)))
 
 
 def test_inside_shard_map():

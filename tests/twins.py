@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
+from jaxcompress._core._compat import inner_jaxprs, open_jaxpr
 
 # Where JAX or XLA adds the same numbers in another order (fusion inside a loop, cotangents that
 # meet), results differ by the rounding of float32: a few times 2**-24 of the largest value.
@@ -87,3 +88,16 @@ def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
 def names(fn, *args, argnums=0) -> list[str]:
     """Names of all sites of a function."""
     return [site.name for site in jc.sites(fn, argnums)(*args)]
+
+
+def big_floats(jaxpr, size):
+    """Shapes of the float arrays of that many values that a jaxpr makes, inner jaxprs included."""
+    found = []
+    for eqn in jaxpr.eqns:
+        avals = [v.aval for v in eqn.outvars]
+        found += [
+            a.shape for a in avals if a.size >= size and a.dtype in (jnp.float32, jnp.bfloat16)
+        ]
+        for inner in inner_jaxprs(eqn.params):
+            found += big_floats(open_jaxpr(inner)[0], size)
+    return found

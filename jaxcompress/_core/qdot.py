@@ -38,7 +38,7 @@ _SMALLEST = 2**18  # values of a weight: less is not worth a loop
 _FEW, _EACH = 16, 2**16  # rows of x, and values of a weight for each
 _TERMS = 8  # of one pass: XLA no longer makes vectors of twice as many
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_CHANNELS = {False: (512, 256), True: (64,)}  # of a block, by whether codes lie along the sum
+_CHANNELS = {False: (512, 256), True: (64,)}  # of a block; True: few rows, codes along the sum
 
 
 class Product(NamedTuple):
@@ -66,7 +66,7 @@ class Product(NamedTuple):
         channels, own = [q.shape[d] for d in free], [x.shape[d] for d in kept]
         matrix, m = _as_matrix(q, inner, free), math.prod(own)
         k = math.prod(q.shape[d] for d in inner)
-        if matrix is None or _loop(*matrix, m) is None:
+        if matrix is None:
             return None
         y = _matmul(*matrix, lax.reshape(lax.transpose(x, (*kept, *outer)), (m, k)))
         if self.side:

@@ -8,10 +8,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import big_floats
 
 import jaxcompress as jc
 from jaxcompress._core import qdot
-from jaxcompress._core._compat import inner_jaxprs, open_jaxpr
 
 K, N = 256, 1024
 PACKED = [
@@ -165,16 +165,6 @@ def test_another_transform_sees_the_product_that_was_written():
 # ---------------------------------------------------------------------- what it is for
 
 
-def floats(jaxpr, least):
-    """Sizes of the float arrays of a program, those of its inner programs included."""
-    found = []
-    for eqn in jaxpr.eqns:
-        found += [v.aval.size for v in eqn.outvars if v.aval.dtype == jnp.float32]
-        for inner in inner_jaxprs(eqn.params):
-            found += floats(open_jaxpr(inner)[0], least)
-    return [n for n in found if n >= least]
-
-
 @pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 40])
 def test_the_float_weight_is_never_written(along, rows):
@@ -182,8 +172,8 @@ def test_the_float_weight_is_never_written(along, rows):
     matrix, lies_along = qdot._as_matrix(q, (int(along),), (1 - int(along),))
     assert lies_along == along
     loop = jax.make_jaxpr(lambda q, x: qdot._matmul(q, along, x))(matrix, x)
-    assert not floats(loop.jaxpr, K * N // 2)
-    assert floats(jax.make_jaxpr(lambda q: q.dequantize())(q).jaxpr, K * N // 2)  # it detects
+    assert not big_floats(loop.jaxpr, K * N // 2)
+    assert big_floats(jax.make_jaxpr(lambda q: q.dequantize())(q).jaxpr, K * N // 2)  # it detects
     fn = jc.with_qtensors(lambda w, x: x @ w.T if along else x @ w)
     memory = jax.jit(fn).lower(q, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * K * N / 2

@@ -12,10 +12,10 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from twins import big_floats
 
 import jaxcompress as jc
 from jaxcompress._core import qdot
-from jaxcompress._core._compat import inner_jaxprs, open_jaxpr
 from jaxcompress._core.qtensor import QTensor
 from jaxcompress._quantize.storage import packed_params
 
@@ -329,19 +329,6 @@ def test_what_cannot_be_packed_stays_in_float():
     x = normal(5, 64)
     (packed, _), _ = packed_params(fn, "w8a16")(params, x)
     assert not any(isinstance(v, QTensor) for v in packed.values())
-
-
-def big_floats(jaxpr, size):
-    """Shapes of the float arrays of that many values that a jaxpr makes, inner jaxprs included."""
-    found = []
-    for eqn in jaxpr.eqns:
-        avals = [v.aval for v in eqn.outvars]
-        found += [
-            a.shape for a in avals if a.size >= size and a.dtype in (jnp.float32, jnp.bfloat16)
-        ]
-        for inner in inner_jaxprs(eqn.params):
-            found += big_floats(open_jaxpr(inner)[0], size)
-    return found
 
 
 def test_a_scan_never_sees_the_stack_in_float():

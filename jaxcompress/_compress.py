@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -45,6 +44,7 @@ from ._result import (
 from ._task import Task, Train, user_code
 from ._train import compiled_step, fit, start, stream
 from .export import save_params, stablehlo
+from .formats._checks import count_nonfinite
 
 QAT = "qat"
 
@@ -189,9 +189,7 @@ def _check(task: Task, recipe: Recipe, params: Any, x: Any, seed: int, method: s
 
 def _check_finite(task: Task, params: Any, when: str) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            continue
-        if count := int(jnp.sum(~jnp.isfinite(leaf))):
+        if count := count_nonfinite(leaf):
             raise JaxCompressError(
                 f"Task `{task.name}`: {count} of the {np.size(leaf)} values of parameter "
                 f"`{key_path(path)}` are NaN or infinite{when}. Such a model cannot be "

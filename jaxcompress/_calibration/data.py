@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._core.region import Traced
 from .._core.transform import Listing, Transformed
 from .._errors import JaxCompressError
+from ..formats._checks import count_nonfinite
 from .stream import Batches, Inputs, collect
 
 
@@ -101,17 +101,11 @@ def check_finite(parameters: Mapping[str, Any]) -> None:
       JaxCompressError: names it.
     """
     for path, x in parameters.items():
-        if jnp.issubdtype(getattr(x, "dtype", None) or jnp.result_type(x), jnp.inexact):
-            bad = sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in _floats(x))
-            if bad:
-                raise JaxCompressError(
-                    f"parameter `{path}` has {bad} NaNs or infinities: no format can hold them. "
-                    "Was the training stable?"
-                )
-
-
-def _floats(x: Any) -> list[Any]:
-    return [a for a in jax.tree.leaves(x) if jnp.issubdtype(jnp.result_type(a), jnp.inexact)]
+        if bad := sum(map(count_nonfinite, jax.tree.leaves(x))):
+            raise JaxCompressError(
+                f"parameter `{path}` has {bad} NaNs or infinities: no format can hold them. "
+                "Was the training stable?"
+            )
 
 
 @contextlib.contextmanager

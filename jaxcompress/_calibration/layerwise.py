@@ -28,6 +28,7 @@ from .._core.reading import array_undone
 from .._core.sites import Plan
 from .._core.transform import Transformed
 from .._errors import JaxCompressError, SiteError
+from ..formats._checks import count_nonfinite
 from .checkpoint import Checkpoint
 from .data import Data
 from .rows import Rows
@@ -204,9 +205,7 @@ def check_result(item: Item, result: Any) -> None:
     Raises:
       SiteError: names it.
     """
-    floats = [x for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.floating)]
-    fine = [jnp.all(jnp.isfinite(x.astype(jnp.float32))) for x in (*floats, item.values(result))]
-    if not all(map(bool, fine)):
+    if any(map(count_nonfinite, (*jax.tree.leaves(result), item.values(result)))):
         raise SiteError(
             f"changing the weight of `{item.name}` gave values that are not finite. Nothing was "
             "changed. Look at the parameter and at the calibration batches."

@@ -8,6 +8,7 @@ for an array holds for its slices along leading axes: a stack of QTensors can be
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -152,17 +153,7 @@ class QTensor(Stored):
             Array([[ 7.],
                    [-2.]], dtype=float32)
         """
-        codes = self.codes if self.blocks is None else self.blocks.split(self.codes)
-        x = self.format.from_codes(codes)
-        if (zero_point := self.zero_point) is not None:
-            x = x - zero_point.astype(jnp.float32)
-        g = self.global_scale
-        if g is not None and g.ndim:  # one for each index of leading axes
-            g = g.reshape(*g.shape, *(1,) * (self.scale.ndim - g.ndim))
-        x = multiply(x, self.format.factors(self.scale, g))
-        if self.blocks is not None:
-            x = self.blocks.merge(x, self.shape)
-        return x.astype(self.dtype)
+        return _dequantized(self)
 
     @property
     def T(self) -> QTensor:
@@ -295,6 +286,7 @@ def _row(count: int, fmt: Format) -> int:
     return count * codes // taken
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def pack_along(codes: jax.Array, fmt: Format, axis: int) -> jax.Array:
     """Codes packed along an axis; unpacked from 8 bits up."""
     if fmt.code_bits >= 8:
@@ -302,6 +294,23 @@ def pack_along(codes: jax.Array, fmt: Format, axis: int) -> jax.Array:
     return jnp.moveaxis(fmt.pack(jnp.moveaxis(codes, axis, -1)), -1, axis)
 
 
+# One program for an array instead of one for each operation.
+@functools.partial(jax.jit, inline=True)
+def _dequantized(q: QTensor) -> jax.Array:
+    codes = q.codes if q.blocks is None else q.blocks.split(q.codes)
+    x = q.format.from_codes(codes)
+    if (zero_point := q.zero_point) is not None:
+        x = x - zero_point.astype(jnp.float32)
+    g = q.global_scale
+    if g is not None and g.ndim:  # one for each index of leading axes
+        g = g.reshape(*g.shape, *(1,) * (q.scale.ndim - g.ndim))
+    x = multiply(x, q.format.factors(q.scale, g))
+    if q.blocks is not None:
+        x = q.blocks.merge(x, q.shape)
+    return x.astype(q.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def _unpack(packed: jax.Array, fmt: Format, size: int, axis: int) -> jax.Array:
     if fmt.code_bits >= 8:
         return packed

@@ -16,6 +16,7 @@ from .._core import typed
 from .._core.sites import Site
 from .._core.transform import ArgNums, Transformed
 from .._errors import JaxCompressError, SiteError
+from ..formats._checks import count_nonfinite
 from . import observers, recipes
 from .aware import QuantizeAware
 from .recipe import Recipe
@@ -67,7 +68,7 @@ class Calibration:
             _, self.seen = self.inner.init(*args, **kwargs)
         _, self.seen = self.inner.call({}, self.seen, args, kwargs)
         for name, found in self.seen.items():
-            if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found)):
+            if any(map(count_nonfinite, jax.tree.leaves(found))):
                 raise JaxCompressError(
                     f"calibration batch {self.count} makes values that are NaN or infinite at "
                     f"`{name}`: no range can hold them. Look at that batch and the parameters."

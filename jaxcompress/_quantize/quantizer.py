@@ -22,7 +22,7 @@ from .. import formats
 from .._core.qtensor import QTensor
 from .._errors import FormatError, RecipeError
 from ..formats import Format
-from ..formats._base import check_floating, reject_nan
+from ..formats._checks import check_floating, reject_nan
 from ..formats._rounding import check
 from . import layout, ranges, settings, straight_through
 from .granularity import Granularity
@@ -183,8 +183,7 @@ class Quantizer:
         if not x.shape:
             raise FormatError("quantize takes an array with at least one axis, got a scalar.")
         if not self.format.has_nan:
-            v = x.astype(jnp.float32)
-            reject_nan(v - v, self.format.name)  # NaN also where x is infinite
+            reject_nan(x, self.format.name, infinite=True)  # its scale is infinite, then NaN
         check(self.rounding, key)
         return straight_through.quantize(x, key, self, axis)
 

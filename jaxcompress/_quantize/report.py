@@ -19,6 +19,7 @@ from .._core.qtensor import QTensor
 from .._core.tabular import Tabular
 from .._core.transform import Transformed
 from .._errors import FormatError
+from ..formats._checks import count_nonfinite
 from . import recipes
 from .accounting import Row, rows_of
 from .aware import QuantizeAware
@@ -172,10 +173,8 @@ def _reject_nan(parameters: Iterable[tuple[str, Any]]) -> None:
     for path, value in parameters:
         if isinstance(value, (_compat.Tracer, jax.ShapeDtypeStruct, QTensor)):
             continue
-        if jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-            bad = int(jnp.sum(~jnp.isfinite(value)))
-            if bad:
-                raise FormatError(
-                    f"parameter `{path}` has {bad} NaNs or infinities among its "
-                    f"{jnp.size(value)} values: no format can hold them. Was the training stable?"
-                )
+        if bad := count_nonfinite(value):
+            raise FormatError(
+                f"parameter `{path}` has {bad} NaNs or infinities among its "
+                f"{jnp.size(value)} values: no format can hold them. Was the training stable?"
+            )

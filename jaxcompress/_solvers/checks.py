@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._errors import FormatError, SiteError
-from ..formats._base import check_floating
+from ..formats._checks import check_floating, count_nonfinite
 
 
 def weights(w: Any, group_size: int | None = None) -> jax.Array:
@@ -76,7 +76,7 @@ def scales(tree: Any, w: jax.Array, groups: int) -> None:
 
 def finite(a: jax.Array, what: str) -> None:
     """Raises FormatError if a concrete array holds NaN or infinity."""
-    if isinstance(a, Tracer) or bool(_all_finite(a)):
+    if isinstance(a, Tracer) or not count_nonfinite(a):
         return
     bad = ~np.isfinite(np.asarray(a, np.float32))
     first = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -84,11 +84,6 @@ def finite(a: jax.Array, what: str) -> None:
         f"{int(bad.sum())} of {bad.size} numbers of the {what} are NaN or infinite, the first at "
         f"index {first}. Look for them in the parameters and the calibration batches."
     )
-
-
-@jax.jit
-def _all_finite(a: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(a))
 
 
 def second_moments(h: jax.Array) -> None:

@@ -8,6 +8,7 @@ counts travel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
+@functools.partial(jax.jit, inline=True)
 def largest(scores: Sequence[jax.Array], count: Any) -> list[jax.Array]:
     """Masks of the `count` largest scores of all arrays together; ties go to the first.
 
@@ -83,6 +85,7 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     return place
 
 
+@functools.partial(jax.jit, static_argnames=("m", "axis"), inline=True)
 def n_of_m(scores: jax.Array, n: Any, m: int, axis: int) -> jax.Array:
     """Mask of the n largest of every m consecutive scores along an axis; ties go to the first.
 

@@ -12,6 +12,7 @@ A block format also says how its scales are stored, see `_block.py`.
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from .._errors import FormatError
+from ._checks import check_floating, reject_nan
 from ._pack import pack, packed_nbytes, unpack
 from ._rounding import check, to_integer
 
@@ -201,7 +202,7 @@ class Format(abc.ABC):
             self._check_affine()
             v = to_integer(v, rounding, key) + float32_like(zero_point, x.shape)
             rounding = "half_even"
-        return self.to_codes(self.round(v, rounding, key))
+        return _codes(self, v, rounding, key)
 
     def decode(self, codes: Any, scale: Any = 1.0, zero_point: Any = None) -> jax.Array:
         """Returns (codes - zero_point) * scale in float32, in the shape of the codes.
@@ -225,11 +226,9 @@ class Format(abc.ABC):
             raise FormatError(
                 f"{self.name}.decode takes codes of dtype {self.dtype}, got {codes.dtype}."
             )
-        v = self.from_codes(codes)
         if zero_point is not None:
             self._check_affine()
-            v = v - float32_like(zero_point, codes.shape)
-        return multiply(v, self.factors(scale))
+        return _decoded(self, codes, scale, zero_point)
 
     def check_nan(self, v: jax.Array, factors: tuple[jax.Array, ...]) -> None:
         """Raises FormatError if v, which was divided by the factors, has NaNs and codes cannot."""
@@ -244,29 +243,6 @@ class Format(abc.ABC):
 
     def __repr__(self) -> str:
         return f"formats.{self.name}"
-
-
-def check_floating(dtype: Any, what: str) -> None:
-    """Raises FormatError unless `dtype` is floating; `what` names the caller."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise FormatError(
-            f"{what} takes an array of floating dtype, got {jnp.dtype(dtype)}. "
-            "Convert it with .astype(float32) if its integers are values and not codes."
-        )
-
-
-def reject_nan(v: jax.Array, name: str) -> None:
-    """Raises FormatError if the concrete array v has NaNs, which format `name` cannot hold."""
-    if isinstance(v, Tracer):
-        return
-    bad = jnp.isnan(v)
-    count = int(bad.sum())
-    if count:
-        first = tuple(int(i) for i in np.unravel_index(int(jnp.argmax(bad)), v.shape))
-        raise FormatError(
-            f"{name} has no NaN, but {count} of {v.size} scaled values are NaN, the first at "
-            f"index {first}. Look for NaN or infinity in the array and its scale."
-        )
 
 
 def safe_scale(extent: jax.Array, top: float, *, signed: bool = False) -> jax.Array:
@@ -294,3 +270,20 @@ def multiply(v: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
 def float32_like(a: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns a in float32, broadcast to the shape."""
     return jnp.broadcast_to(jnp.asarray(a).astype(jnp.float32), shape)
+
+
+# One program instead of one for each operation where arrays are concrete. Division is not among
+# them: a true one is promised there.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _codes(fmt: Format, v: jax.Array, rounding: str, key: Any) -> jax.Array:
+    return fmt.to_codes(fmt.round(v, rounding, key))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _decoded(fmt: Format, codes: jax.Array, scale: Any, zero_point: Any) -> jax.Array:
+    v = fmt.from_codes(codes)
+    if zero_point is not None:
+        v = v - float32_like(zero_point, codes.shape)
+    return multiply(v, fmt.factors(scale))

@@ -7,6 +7,7 @@ Byte j of a row holds its codes 5 j to 5 j + 4 along the last axis, the first as
 Rows are filled up with zero digits. The bytes 243 to 255 do not occur.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -42,6 +43,12 @@ def pack_base3(codes: Any) -> jax.Array:
             "pack takes ternary codes as int8 with at least one axis, "
             f"got {codes.dtype} of shape {codes.shape}."
         )
+    return _packed(codes)
+
+
+# One program for an array instead of one for each operation.
+@functools.partial(jax.jit, inline=True)
+def _packed(codes: jax.Array) -> jax.Array:
     digits = (codes + np.int8(1)).astype(jnp.uint8)
     gap = -codes.shape[-1] % 5
     digits = lax.pad(digits, np.uint8(0), [(0, 0, 0)] * (codes.ndim - 1) + [(0, gap, 0)])
@@ -74,6 +81,11 @@ def unpack_base3(packed: Any, size: int) -> jax.Array:
             f"{size} ternary codes, five a byte, are uint8 with {-(-size // 5)} on the last axis, "
             f"got {packed.dtype} of shape {packed.shape}."
         )
+    return _unpacked(packed, size)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _unpacked(packed: jax.Array, size: int) -> jax.Array:
     powers = lax.broadcast_in_dim(_POWERS, (*packed.shape, 5), (packed.ndim,))
     digits = lax.broadcast_in_dim(packed, powers.shape, range(packed.ndim)) // powers % np.uint8(3)
     digits = digits.reshape(*packed.shape[:-1], packed.shape[-1] * 5)

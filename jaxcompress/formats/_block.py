@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._base import Format, float32_like, reject_nan
+from ._base import Format, float32_like
+from ._checks import reject_nan
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

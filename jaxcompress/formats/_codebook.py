@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from .._errors import FormatError
-from ._base import Format, check_floating
+from ._base import Format
+from ._checks import check_floating
 from ._rounding import check, uniform
 
 # NormalFloat: the quantiles of a normal distribution, scaled to -1 ... 1.

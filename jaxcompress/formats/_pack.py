@@ -40,6 +40,12 @@ def pack(codes: Any, bits: int) -> jax.Array:
     """
     codes = jnp.asarray(codes)
     _check(codes, bits, (jnp.int8, jnp.uint8), "pack")
+    return _packed(codes, bits)
+
+
+# One program for an array instead of one for each operation.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _packed(codes: jax.Array, bits: int) -> jax.Array:
     codes = lax.bitcast_convert_type(codes, jnp.uint8)
     if 8 % bits:
         codes = _flatten_last(_split(codes, bits, width=1))
@@ -81,6 +87,11 @@ def unpack(packed: Any, bits: int, size: int, dtype: Any) -> jax.Array:
             f"{size} codes of {bits} bits fill {-(-size * bits // 8)} bytes, "
             f"but the last axis of {packed.shape} holds {packed.shape[-1]}."
         )
+    return _unpacked(packed, bits, size, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _unpacked(packed: jax.Array, bits: int, size: int, dtype: Any) -> jax.Array:
     if bits in _WORDS:
         codes = _spread(packed, bits, extend=dtype == jnp.int8)
         codes = lax.slice_in_dim(codes, 0, size, axis=-1)

@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from twins import assert_same, token, weight
+from twins import draw as normal
 
 import jaxcompress as jc
 from jaxcompress import Recipe, Rule
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
-
 
 PARAMS = {
     "block": {"up": {"kernel": normal(1, 4, 8), "bias": normal(2, 8)}, "norm": jnp.ones(8)},

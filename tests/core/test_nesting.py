@@ -636,8 +636,10 @@ def test_vmap_inside():
 
 
 def test_lax_map_inside():
-    check(lambda dot: lambda p, x: lax.map(lambda row: dot(row, p["w"][0]), x))
-    check(lambda dot: lambda p, x: lax.map(lambda row: dot(row, p["w"][0]), x, batch_size=2))
+    check(lambda dot: lambda p, x: lax.map(lambda row: dot(row, p["w"][0]), x), **LOOP)
+    check(
+        lambda dot: lambda p, x: lax.map(lambda row: dot(row, p["w"][0]), x, batch_size=2), **LOOP
+    )
 
 
 def test_associative_scan_of_weights_is_left_alone():

@@ -11,15 +11,12 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from twins import assert_same
+from twins import draw as normal
 
 import jaxcompress as jc
 from jaxcompress._quantize.storage import compressed_weights
 
 SUM = 1e-5  # compiled in one piece against operation by operation
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
 
 
 PARAMS = {"w1": normal(1, 4, 8), "w2": normal(2, 8, 4)}

@@ -18,14 +18,11 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from twins import assert_same, assert_twins, token, weight
+from twins import draw as normal
 
 import jaxcompress as jc
 
 SUM = 1e-5  # relative to the largest value: sums of a few hundred terms in another order
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
 
 
 PARAMS = {"w1": normal(1, 4, 8), "w2": normal(2, 8, 4)}

@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 from jax import lax
 from twins import assert_same, assert_twins, token, weight
+from twins import draw as normal
 
 import jaxcompress as jc
 
 SUM = 1e-5  # sums in another order
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
 
 
 W1, W2, B = normal(1, 4, 8), normal(2, 8, 4), normal(3, 8)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress import distill
@@ -18,8 +19,7 @@ ROUNDING = 1e-6
 
 def layers(seed, width, depth=3, d=4, classes=5):
     sizes = [d, *[width] * (depth - 1), classes]
-    keys = jax.random.split(jax.random.key(seed), depth)
-    return [jax.random.normal(k, s) / 2 for k, s in zip(keys, zip(sizes, sizes[1:]))]
+    return [draw(10 * seed + i, *s) / 2 for i, s in enumerate(zip(sizes, sizes[1:]))]
 
 
 def model(params, x):
@@ -37,7 +37,7 @@ def features(params, x):
 
 
 STUDENT, TEACHER = layers(0, 6), layers(1, 8)
-X = jax.random.normal(jax.random.key(2), (7, 4))
+X = draw(2, 7, 4)
 Y = jnp.arange(7) % 5
 KL = distill.kl(temperature=2.0)
 
@@ -188,7 +188,7 @@ def test_features_with_learned_projections():
 
 
 def test_features_of_scanned_layers_and_remat():
-    stacks = [jax.random.normal(jax.random.key(i), (n, 4, 4)) / 2 for i, n in ((0, 2), (1, 4))]
+    stacks = [draw(i, n, 4, 4) / 2 for i, n in ((0, 2), (1, 4))]
 
     def scanned(params, x):
         step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w["w"]), None))

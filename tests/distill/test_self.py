@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress import distill
 
-X = jax.random.normal(jax.random.key(0), (6, 3))
+X = draw(0, 6, 3)
 Y = jnp.arange(6) % 4
-W = [jax.random.normal(jax.random.key(i), (3, 4)) for i in (1, 2, 3)]
+W = [draw(i, 3, 4) for i in (1, 2, 3)]
 
 
 def f(w, x):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from trees import assert_same
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress._core.qtensor import Blocks, Tiles
@@ -170,7 +171,7 @@ def test_packing_of_earlier_versions(bits, columns, tmp_path):
 
 
 def model():
-    w = jax.random.normal(jax.random.key(0), (64, 32))
+    w = draw(0, 64, 32)
     names = ("int4", "int8", "mxfp4", "float8_e4m3fn")
     layers = {str(i): {"kernel": jc.Quantizer(n).quantize(w, 0)} for i, n in enumerate(names)}
     embed = {"embedding": jnp.ones((7, 64), jnp.bfloat16)}

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import xxhash
 from trees import assert_same
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress._cli import main
@@ -64,7 +65,7 @@ def limited(headroom=900 * 2**20):
 
 
 def tree():
-    w = jax.random.normal(jax.random.key(0), (32, 8))
+    w = draw(0, 32, 8)
     quantizers = ("int4", "uint3", "mxfp4", "nvfp4")
     out = {n: jc.Quantizer(n).quantize(w, 0) for n in quantizers}
     out["tiles"] = jc.Quantizer("int8", jc.per_block(4, 8)).quantize(w, 0)
@@ -75,7 +76,7 @@ def tree():
 
 
 def model():
-    w = jax.random.normal(jax.random.key(0), (32, 8))
+    w = draw(0, 32, 8)
     names = ("int4", "uint3", "mxfp4", "nvfp4", "int8")
     return {n: {"kernel": jc.Quantizer(n).quantize(w, 0), "bias": jnp.ones(8)} for n in names}
 

@@ -18,6 +18,7 @@ import optax
 import pytest
 from safetensors import safe_open
 from trees import assert_same, stored
+from twins import normal
 
 import jaxcompress as jc
 from jaxcompress._core.qtensor import Blocks, Tiles
@@ -54,7 +55,7 @@ def trip(request, tmp_path):
 
 
 def weight(shape=(32, 48), dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(1), shape, dtype)
+    return normal(*shape, seed=1, dtype=dtype)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)

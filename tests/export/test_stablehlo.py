@@ -338,12 +338,8 @@ def test_what_quantize_returns(recipe, tmp_path):
     def fn(p, x):
         return jnp.tanh(x @ p["up"]) @ p["down"]
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "up": jax.random.normal(keys[0], (32, 64)),
-        "down": jax.random.normal(keys[1], (64, 8)),
-    }
-    x = jax.random.normal(keys[2], (4, 32))
+    params = {"up": normal(32, 64, seed=1), "down": normal(64, 8, seed=2)}
+    x = normal(4, 32, seed=3)
     small = jc.quantize(fn, params, recipe, calibration=[x, 2 * x])
     artifact = jc.export.stablehlo(small.fn, small.params, x, path=tmp_path / "a")
     np.testing.assert_array_equal(artifact.run(x), jax.jit(small.fn)(small.params, x))

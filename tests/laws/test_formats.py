@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import twins
 
 import jaxcompress as jc
 from jaxcompress import formats
@@ -38,7 +39,7 @@ BFLOAT16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
 
 
 def normal(shape=(64, 24), dtype=jnp.float32, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return twins.normal(*shape, seed=seed, dtype=dtype)
 
 
 def transformed(q, x):

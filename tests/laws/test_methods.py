@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import draw as normal
 
 import jaxcompress as jc
 
@@ -34,10 +35,6 @@ def normed(params, x):
     p = params["norm"]
     y = (x @ params["w"] - p["mean"]) / jnp.sqrt(p["var"] + 1e-5) * p["scale"] + p["bias"]
     return jax.nn.relu(y) @ params["head"]
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 STACKED = {

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress import prune
@@ -96,8 +97,8 @@ def test_models_of_libraries_get_the_masks_of_the_plain_function(build):
 def test_convolutions_and_experts():
     """Kernels along input channels and window; each expert for itself."""
     params = {
-        "k": jax.random.normal(jax.random.key(0), (3, 3, 4, 8)),
-        "e": jax.random.normal(jax.random.key(1), (2, 8, 4)),
+        "k": draw(0, 3, 3, 4, 8),
+        "e": draw(1, 2, 8, 4),
     }
     numbers = ("NHWC", "HWIO", "NHWC")
 
@@ -106,7 +107,7 @@ def test_convolutions_and_experts():
         y = jax.nn.relu(y).reshape(2, -1, 8)
         return jnp.einsum("etd,edf->etf", y, p["e"])
 
-    x = np.asarray(jax.random.normal(jax.random.key(2), (4, 6, 6, 4)))
+    x = np.asarray(draw(2, 4, 6, 6, 4))
     masks = prune.wanda(fn, params, [x], sparsity=0.5).report.masks
     patches = np.stack([x[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)], -1)
     rows = patches.reshape(-1, 36)  # channel, then window

@@ -6,14 +6,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
+from twins import draw as normal
 
 import jaxcompress as jc
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
 
 
 PARAMS = {

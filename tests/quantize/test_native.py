@@ -8,6 +8,7 @@ import jax.export as jax_export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress._core import _compat
@@ -26,11 +27,10 @@ def model(params, x):
 
 @pytest.fixture(scope="module")
 def params():
-    up, down = jax.random.split(jax.random.key(0))
-    return {"up": jax.random.normal(up, (64, 96)), "down": jax.random.normal(down, (96, 32))}
+    return {"up": draw(2, 64, 96), "down": draw(3, 96, 32)}
 
 
-X = jax.random.normal(jax.random.key(1), (8, 64))
+X = draw(1, 8, 64)
 
 
 def in_floats(fn, recipe):
@@ -61,7 +61,7 @@ def test_products_of_codes(name, spelled):
     terms, result = spelled.split("->")
     sizes = {"b": 3, "h": 2, "i": 5, "j": 64, "k": 7}
     a, b = (
-        jax.random.normal(jax.random.key(i), [sizes[c] for c in term]) * 2.0 ** (4 * i)
+        draw(i, *[sizes[c] for c in term]) * 2.0 ** (4 * i)
         for i, term in enumerate(terms.split(","))
     )
     left, right = terms.split(",")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import draw
 
 import jaxcompress as jc
 from tests.twins import ROUNDING, assert_same
@@ -33,14 +34,13 @@ def unrolled(params, ids):
 
 def make(seed=0):
     """Parameters with stacked layers, and the same with a list of layers."""
-    k = jax.random.split(jax.random.key(seed), 5)
     layers = {
-        "mix": jax.random.normal(k[1], (L, D, D)) / 6,
-        "up": jax.random.normal(k[2], (L, D, F)) / 6,
-        "down": jax.random.normal(k[3], (L, F, D)) / 8,
+        "mix": draw(seed + 1, L, D, D) / 6,
+        "up": draw(seed + 2, L, D, F) / 6,
+        "down": draw(seed + 3, L, F, D) / 8,
         "g": jnp.ones((L, 1, 1, D)),
     }
-    emb, head = jax.random.normal(k[0], (VOCAB, D)), jax.random.normal(k[4], (D, 10))
+    emb, head = draw(seed, VOCAB, D), draw(seed + 4, D, 10)
     params = {"emb": emb, "layers": layers, "head": head}
     return params, params | {
         "layers": [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)]
@@ -48,8 +48,8 @@ def make(seed=0):
 
 
 DATA = [jax.random.randint(jax.random.key(i), (4, 32), 0, VOCAB) for i in range(3)]
-MLP = {"a": jax.random.normal(jax.random.key(3), (16, 32)), "b": jnp.ones((1, 32))}
-X = jax.random.normal(jax.random.key(4), (6, 16))
+MLP = {"a": draw(3, 16, 32), "b": jnp.ones((1, 32))}
+X = draw(4, 6, 16)
 
 
 def mlp(params, x):
@@ -152,7 +152,7 @@ def test_the_report_measures_weights_and_results():
 
 
 def test_a_weight_read_in_parts_stays_and_is_named():
-    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    params = {"w": draw(0, 8, 6)}
     fn = lambda p, x: x @ p["w"][:, :3] + x @ p["w"][:, 3:]  # noqa: E731
     small = jc.quantize(fn, params, "w8a8", example_inputs=jnp.ones((2, 8)))
     assert not is_qtensor(small.params["w"])

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import draw
 
 import jaxcompress as jc
 from jaxcompress._calibration.stream import Batches, Inputs
@@ -24,8 +25,8 @@ def correlated(n, d, seed):
 
 X = [correlated(64, 16, i) for i in range(2)]
 MLP = {
-    "a": {"w": jax.random.normal(jax.random.key(0), (16, 32)), "b": jnp.ones((1, 32))},
-    "c": {"w": jax.random.normal(jax.random.key(1), (8, 32)), "b": jnp.zeros((8,))},
+    "a": {"w": draw(0, 16, 32), "b": jnp.ones((1, 32))},
+    "c": {"w": draw(1, 8, 32), "b": jnp.zeros((8,))},
 }
 
 
@@ -107,7 +108,7 @@ def test_scaling_leaves_the_float_function_unchanged(method):
 
 
 def test_smoothing_by_hand():
-    params = {"g": jnp.ones((1, 16)), "w": jax.random.normal(jax.random.key(2), (16, 4))}
+    params = {"g": jnp.ones((1, 16)), "w": draw(2, 16, 4)}
     fn = lambda p, x: (x * p["g"]) @ p["w"]  # noqa: E731
     job = Job(fn, params, jc.recipes.get("w8a8"), Inputs(X[0]), Batches(X))
     new = jc.methods.smoothquant(alpha=0.5).prepare(job).params
@@ -119,7 +120,7 @@ def test_smoothing_by_hand():
 
 def test_awq_chooses_as_an_exhaustive_search_does():
     """Float64 losses over all tokens, for each of the 20 exponents."""
-    params = {"g": jnp.ones((1, 16)), "w": jax.random.normal(jax.random.key(2), (16, 4))}
+    params = {"g": jnp.ones((1, 16)), "w": draw(2, 16, 4)}
     fn = lambda p, x: (x * p["g"]) @ p["w"]  # noqa: E731
     recipe = jc.Recipe([jc.Rule("*", "int3")])
     job = Job(fn, params, recipe, Inputs(X[0]), Batches(X))
@@ -155,10 +156,9 @@ def test_biases_keep_the_mean_of_the_outputs():
 
 
 def test_biases_of_convolutions_and_of_stacked_layers():
-    k = jax.random.split(jax.random.key(3), 3)
     params = {
-        "conv": jax.random.normal(k[0], (4, 1, 3, 3)), "b": jnp.zeros((4,)),
-        "w": jax.random.normal(k[1], (2, 4, 4)), "c": jnp.zeros((2, 1, 4)),
+        "conv": draw(3, 4, 1, 3, 3), "b": jnp.zeros((4,)),
+        "w": draw(4, 2, 4, 4), "c": jnp.zeros((2, 1, 4)),
     }  # fmt: skip
 
     def fn(p, x):
@@ -166,7 +166,7 @@ def test_biases_of_convolutions_and_of_stacked_layers():
         layer = lambda h, w: (h @ w["w"] + w["c"], None)  # noqa: E731
         return y, jax.lax.scan(layer, y.mean((2, 3)), {"w": p["w"], "c": p["c"]})[0]
 
-    data = [jax.random.normal(k[2], (3, 1, 6, 6)) + 1]
+    data = [draw(5, 3, 1, 6, 6) + 1]
     recipe = jc.Recipe([jc.Rule("*", "int2")])
     plain = jc.quantize(fn, params, recipe, calibration=data)
     small = jc.quantize(fn, params, recipe, calibration=data, method=["rtn", "bias_correction"])
@@ -182,9 +182,8 @@ def test_biases_of_convolutions_and_of_stacked_layers():
 
 
 def test_folded_norms_are_gone_and_the_function_is_the_same():
-    k = jax.random.split(jax.random.key(4), 2)
     params = {
-        "w": jax.random.normal(k[0], (16, 8)), "gamma": jnp.linspace(0.5, 2, 8)[None],
+        "w": draw(6, 16, 8), "gamma": jnp.linspace(0.5, 2, 8)[None],
         "beta": jnp.ones((1, 8)), "mean": jnp.ones((1, 8)), "var": jnp.linspace(1, 3, 8)[None],
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import twins
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +28,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 def normal(shape, dtype=jnp.float32, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return twins.normal(*shape, seed=seed, dtype=dtype)
 
 
 def power_of_two_range(shape, steps, low, axis, seed=0):

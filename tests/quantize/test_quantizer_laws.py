@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import twins
 
 import jaxcompress as jc
 from jaxcompress import formats
@@ -19,7 +20,7 @@ from jaxcompress._quantize.quantizer import Quantizer
 
 
 def normal(shape=(64, 24), dtype=jnp.float32, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return twins.normal(*shape, seed=seed, dtype=dtype)
 
 
 # --- ranges ---------------------------------------------------------------------------------

@@ -7,15 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from twins import assert_same, fake, token, weight
+from twins import draw as normal
 
 import jaxcompress as jc
 from jaxcompress import Quantizer, Recipe, Rule
 from jaxcompress._core.patterns import matches
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
-
 
 PARAMS = {"a": {"kernel": normal(1, 4, 8)}, "b": {"kernel": normal(2, 8, 4)}}
 X = normal(3, 6, 4)

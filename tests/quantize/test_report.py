@@ -11,14 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from twins import draw as normal
 
 import jaxcompress as jc
 from jaxcompress import Recipe, Rule
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape)
-
 
 PARAMS = {
     "conv": normal(1, 3, 3, 2, 8),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, strict rank promotion, and the twins that tests compare with."""
 
+import collections
 import gc
 import gzip
 import os
@@ -39,8 +40,41 @@ def noise_images(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FMNIST_DIR", str(tmp_path))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     """A test whose name holds an address has another name in every process."""
     bad = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if bad:
         raise pytest.UsageError(f"give these tests ids without addresses: {bad[:3]}")
+    crossed = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("cover"):
+            crossed[item.function].append(item)
+    for cases in crossed.values():
+        for item in left_out(cases):
+            item.add_marker(pytest.mark.full)
+
+
+def left_out(cases: list) -> list:
+    """Cases of a test without which each value of each `parametrize` still occurs.
+
+    Every value of one occurs `cover(times=...)` times, as far as there are so many (each-choice
+    coverage: Ammann and Offutt, Introduction to Software Testing, 6.2).
+    """
+    times = cases[0].get_closest_marker("cover").kwargs.get("times", 1)
+    values = {}
+    for item in cases:
+        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        names = [n.replace(" ", "").split(",") if isinstance(n, str) else n for n in names]
+        params = item.callspec.params
+        values[item] = [(*group, *(id(params[name]) for name in group)) for group in names]
+    missing = collections.Counter({v: times for found in values.values() for v in found})
+    rest = list(cases)
+    while rest:
+        wanted = {item: [missing[v] for v in values[item]] for item in rest}
+        best = max(rest, key=lambda i: (sum(n > 0 for n in wanted[i]), sum(wanted[i])))
+        if max(wanted[best]) <= 0:
+            break
+        missing.subtract(values[best])
+        rest.remove(best)
+    return rest

@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxcompress as jc
 from jaxcompress._core._compat import inner_jaxprs, open_jaxpr
@@ -107,3 +108,17 @@ def big_floats(jaxpr, size):
         for inner in inner_jaxprs(eqn.params):
             found += big_floats(open_jaxpr(inner)[0], size)
     return found
+
+
+# Formats that differ from another one in a constant only.
+ALIKE = ("_full", "_round", "uint2", "uint3", "uint5", "uint6", "uint7", "int5", "int7", "p1", "p2")
+ALIKE += ("p5", "p6", "p7", "e5m2fnuz", "e4m3b11fnuz")
+
+
+def different(fmts) -> list:
+    """Formats, or their names, as cases: `-m full` takes all, the default run those that differ."""
+    return [
+        pytest.param(fmt, marks=pytest.mark.full) if str(getattr(fmt, "name", fmt)).endswith(ALIKE)
+        else fmt
+        for fmt in fmts
+    ]  # fmt: skip

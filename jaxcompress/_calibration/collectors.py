@@ -73,6 +73,7 @@ def _outer(a: jax.Array, b: jax.Array, sharding: PartitionSpec | None) -> jax.Ar
     )
 
 
+@jax.jit
 def _mirrored(gram: jax.Array) -> jax.Array:
     """The whole matrix from what is on and above its diagonal."""
     return jnp.triu(gram) + jnp.swapaxes(jnp.triu(gram, 1), -1, -2)

@@ -268,7 +268,7 @@ class _Rebuild:
                 f"`{_name(path)}` is a JAX array of {x.dtype}, which JAX has only with the option "
                 "jax_enable_x64. Set it, or load with lazy=True for NumPy arrays."
             )
-        return jnp.asarray(x)
+        return jax.device_put(x)
 
 
 def _public(tree: Any) -> Any:

@@ -131,7 +131,11 @@ def _why_nearest(item: Item, weight: Weight) -> str:
 
 def _snr(v: jax.Array, q: QTensor) -> float:
     """10 log10 of the power of the values over that of their error; inf without an error."""
-    v = v.astype(jnp.float32)
-    noise = float(jnp.sum((q.dequantize().astype(jnp.float32) - v) ** 2))
-    power = float(jnp.sum(v**2))
+    power, noise = map(float, _powers(v, q))
     return float("inf") if noise == 0 else 10 * float(np.log10(max(power, 1e-45) / noise))
+
+
+@jax.jit
+def _powers(v: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array]:
+    v = v.astype(jnp.float32)
+    return jnp.sum(v**2), jnp.sum((q.dequantize().astype(jnp.float32) - v) ** 2)

@@ -270,6 +270,7 @@ MODELS = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16-g32", "w2a16-g32", "fp8"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "index"])
 def test_stored_bytes_are_those_of_the_report(name, recipe):

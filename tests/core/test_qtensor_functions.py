@@ -149,6 +149,7 @@ def test_a_stack_is_scanned_and_mapped(fmt):
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("granularity", ["channel", "group:16", "tensor"])
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "b"), P("a", "b")])
 def test_device_put_and_shard_map(granularity, spec):
@@ -266,6 +267,7 @@ def inputs(name):
     return jnp.array([[3, 1], [0, 3]]) if name == "tied" else normal(5, 64, seed=3)
 
 
+@pytest.mark.cover(times=2)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_train_equals_serve(name, recipe):

@@ -58,6 +58,7 @@ def close(a, b, tolerance=ROUNDING):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.cover
 @divergences
 @pytest.mark.parametrize("mask, labels", [(None, None), (MASK, LABELS)], ids=["plain", "mixed"])
 def test_value_and_gradients(case, mask, labels):

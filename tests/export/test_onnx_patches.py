@@ -31,6 +31,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows(name, recipe, tmp_path):

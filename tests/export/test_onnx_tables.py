@@ -27,6 +27,7 @@ def exported(fn, recipe, ids, path, **settings):
     return found, np.asarray(small.fn(small.params, ids))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("fmt", BITS)
 def test_rows_and_bytes(fmt, scales, tmp_path):

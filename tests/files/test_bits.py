@@ -8,6 +8,7 @@ from jaxcompress import formats
 from jaxcompress._files import bits
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("width", range(1, 9))
 @pytest.mark.parametrize("size", [0, 1, 13, 32])
 def test_pack_and_unpack(width, size):

@@ -48,6 +48,7 @@ DATA = {"mlp": normal(8, 4), "tied": normal(8, 4), "scanned": normal(8, 4), "con
 zeroed = {k: jnp.where(MASKS[k], v, 0) for k, v in PARAMS.items()}
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("recipe", [None, "w8a8", "ternary"])
 def test_both_orders_are_the_function_of_zeroed_weights(name, recipe):

@@ -178,6 +178,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("optimizer", [optax.adam(0.05), optax.lion(0.02)], ids=["adam", "lion"])
 def test_training_and_what_is_handed_over(name, optimizer):

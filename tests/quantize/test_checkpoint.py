@@ -124,6 +124,7 @@ def trained(tmp_path_factory):
     return folder, want
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("api", ["standard", "manager"])
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -97,6 +97,7 @@ CONVS = {  # strides, padding, dilation of the kernel, of the input, groups
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")])
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_is_exact(name, layout):
@@ -529,6 +530,7 @@ def test_options_are_checked():
 # ---------------------------------------------------------------------- layout
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("sizes", [(6, 4, 3), (40, 30, 2), (4, 6, 50)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_layouts_are_the_same_product(sizes, turned):

@@ -128,6 +128,7 @@ def assert_threaded(step, explicit, state, tx, *, plain=ADAM, n=5, weights=None,
 # ---------------------------------------------------------------------- an unchanged step
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("kind", MODELS)
 def test_twenty_steps(recipe, kind):
@@ -257,6 +258,7 @@ def test_vmap_in_the_loss(recipe):
     assert_threaded(step, explicit_step(explicit, ADAM), state, tx, tolerance=SUMS)
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("total", ["sum", "mean"])
 def test_microbatches_by_hand(recipe, total):
@@ -286,6 +288,7 @@ def test_microbatches_by_hand(recipe, total):
     assert_threaded(step, explicit_step(explicit, ADAM), state, tx, tolerance=SUMS)
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("outermost", [True, False])
 def test_multi_steps(recipe, outermost):
@@ -315,6 +318,7 @@ def test_multi_steps(recipe, outermost):
     assert_same(params.statistics, state.statistics, SUMS)
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("check", [True, False])
 def test_data_parallel(recipe, check):
@@ -539,6 +543,7 @@ def nnx_loss(graph):
     return lambda p, x: jnp.mean(nnx.merge(graph, p)(x) ** 2)
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize(
     ("wrap", "n"), [(nnx.jit, 20), (lambda step: step, 3)], ids=["jit", "eager"]

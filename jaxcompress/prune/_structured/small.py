@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..._core.channels import channel_graph
@@ -84,5 +83,5 @@ def small_function(problem: Problem, kept: Mapping[Leaf, np.ndarray], means: boo
 def small_params(problem: Problem, kept: Mapping[Leaf, np.ndarray]) -> Any:
     """The parameters without the removed indices."""
     call, _ = problem.tree.split(problem.params)
-    small = map(jnp.asarray, restricted(problem.graph, kept, problem.arrays))
+    small = map(jax.device_put, restricted(problem.graph, kept, problem.arrays))
     return problem.tree.merge(call, list(small))

@@ -17,9 +17,8 @@ as bytes; below eight bits a value they are packed as `formats.pack` does.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,11 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from .._core.qtensor import QTensor, Stored
+from .._core.qtensor import QTensor
 from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
 from . import bits, qtensor, sparse
+from .nodes import Node, children_of, match_like, public, type_name, where
 from .safetensors import NAMES
 
 # Stored packed, so many bits a value.
@@ -54,14 +54,6 @@ _BYTES = {  # stored as bytes
         ml_dtypes.float8_e5m2fnuz,
     )
 }
-_Type = TypeVar("_Type", bound=type)
-_OWN: dict[str, type] = {}  # filled by `own` when the library is imported
-
-
-def own(kind: _Type) -> _Type:
-    """Makes a registered dataclass of this library one that is built without `like`."""
-    _OWN[f"jaxcompress.{kind.__name__}"] = kind
-    return kind
 
 
 def describe(tree: Any) -> tuple[Any, dict[str, Any]]:
@@ -87,7 +79,7 @@ class _Describe:
         if x is None:
             return None
         if isinstance(x, QTensor):
-            data = qtensor.to_data(x, _name(path))
+            data = qtensor.to_data(x, where(path))
             leaves = {n: getattr(x, n) for n in qtensor.LEAVES}
             leaves = {n: None if a is None else self.leaf(a, path, n) for n, a in leaves.items()}
             return {"qtensor": data | leaves}
@@ -102,16 +94,16 @@ class _Describe:
             return {kind: [self.node(v, (*path, i)) for i, v in enumerate(x)]}
         if (pairs := children_of(x)) is not None:
             nodes = [[_key(k, path), self.node(v, (*path, k))] for k, v in pairs]
-            return {"node": _type_name(x), "children": nodes}
+            return {"node": type_name(x), "children": nodes}
         return self.leaf(x, path)
 
     def leaf(self, x: Any, path: tuple[Any, ...], field: str = "") -> dict[str, Any]:
         if isinstance(x, Tracer):
-            raise ArtifactError(f"`{_name(path)}` is traced: save outside of jit, grad and vmap.")
+            raise ArtifactError(f"`{where(path)}` is traced: save outside of jit, grad and vmap.")
         if isinstance(x, jax.Array):
             if not x.is_fully_addressable:
                 raise ArtifactError(
-                    f"`{_name(path)}` lies on devices of other processes. Gather it first, as with "
+                    f"`{where(path)}` lies on devices of other processes. Gather it first, as with "
                     "jax.experimental.multihost_utils.process_allgather."
                 )
             if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -129,7 +121,7 @@ class _Describe:
         if type(x) is complex:
             return {"complex": [x.real.hex(), x.imag.hex()]}
         raise ArtifactError(
-            f"`{_name(path)}` is a {type(x).__name__}, which cannot be saved: leaves are arrays of "
+            f"`{where(path)}` is a {type(x).__name__}, which cannot be saved: leaves are arrays of "
             "JAX or NumPy, QTensors, numbers and texts."
         )
 
@@ -144,7 +136,7 @@ class _Describe:
             data = np.ascontiguousarray(x).reshape(*x.shape, 1).view(np.uint8)
         else:
             raise ArtifactError(
-                f"`{_name(path)}` has the dtype {dtype}, which cannot be saved. Convert it first."
+                f"`{where(path)}` has the dtype {dtype}, which cannot be saved. Convert it first."
             )
         return {
             kind: self.store(data, path, field),
@@ -153,7 +145,7 @@ class _Describe:
         }
 
     def store(self, x: Any, path: tuple[Any, ...], field: str) -> str:
-        base = _name(path) + (f":{field}" if field else "")
+        base = where(path) + (f":{field}" if field else "")
         name, count = base, 1
         while name in self.arrays or name == "__metadata__":  # keys may contain "/" and ":"
             count += 1
@@ -185,16 +177,9 @@ def rebuild(node: Any, arrays: Mapping[str, np.ndarray], like: Any, lazy: bool) 
         tree = _Rebuild(take, lazy).node(node, ())
         if left:
             raise ArtifactError(f"No description of the array {min(left)!r}.")
-        return _public(tree) if like is None else _match(tree, like, ())
+        return public(tree) if like is None else match_like(tree, like, ())
     except RecursionError:
         raise ArtifactError("The description of the tree is nested too deeply.") from None
-
-
-class _Node:
-    """A pytree node of a type that is not built without `like`."""
-
-    def __init__(self, kind: str, children: dict[Any, Any]):
-        self.kind, self.children = kind, children
 
 
 class _Rebuild:
@@ -214,14 +199,14 @@ class _Rebuild:
             case {"tuple": list(nodes), **rest} if not rest:
                 return tuple(self.node(n, (*path, i)) for i, n in enumerate(nodes))
             case {"node": str(kind), "children": list(pairs), **rest} if not rest:
-                return _Node(kind, self.pairs(pairs, path))
+                return Node(kind, self.pairs(pairs, path))
             case {"qtensor": dict(fields), **rest} if not rest:
                 leaves = {n: self.node(fields.pop(n, None), path) for n in qtensor.LEAVES}
-                return qtensor.from_data(fields, leaves, _name(path))
+                return qtensor.from_data(fields, leaves, where(path))
             case {"sparse": dict(fields), **rest} if not rest:
                 values = self.node(fields.pop("values", None), (*path, "values"))
                 index = self.node(fields.pop("index", None), path)
-                return sparse.from_data(fields, values, index, _name(path))
+                return sparse.from_data(fields, values, index, where(path))
             case {"value": bool() | int() | str() as value, **rest} if not rest:
                 return value
             case {"float": str(text), **rest} if not rest:
@@ -254,7 +239,7 @@ class _Rebuild:
         try:
             return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"`{_name(path)}` is no key of {impl!r}: {error}") from None
+            raise ArtifactError(f"`{where(path)}` is no key of {impl!r}: {error}") from None
 
     def finish(self, kind: str, x: np.ndarray, path: tuple[Any, ...]) -> Any:
         if kind == "scalar":
@@ -265,76 +250,10 @@ class _Rebuild:
             return x
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise ArtifactError(
-                f"`{_name(path)}` is a JAX array of {x.dtype}, which JAX has only with the option "
+                f"`{where(path)}` is a JAX array of {x.dtype}, which JAX has only with the option "
                 "jax_enable_x64. Set it, or load with lazy=True for NumPy arrays."
             )
         return jax.device_put(x)
-
-
-def _public(tree: Any) -> Any:
-    """Builds nodes that need no `like`: our own, and plain dicts in place of all others."""
-    match tree:
-        case _Node():
-            children = {k: _public(v) for k, v in tree.children.items()}
-            ours = _OWN.get(tree.kind)
-            if ours is not None and children.keys() == {f.name for f in dataclasses.fields(ours)}:
-                return ours(**children)
-            return children
-        case dict():
-            return {k: _public(v) for k, v in tree.items()}
-        case list() | tuple():
-            return type(tree)(_public(v) for v in tree)
-    return tree
-
-
-def _match(tree: Any, like: Any, path: tuple[Any, ...]) -> Any:
-    """The tree with the nodes of `like`; shapes and dtypes have to agree."""
-    if like is None or tree is None:
-        if tree is like:
-            return None
-        raise _unlike(tree, like, path)
-    pairs = None if isinstance(like, Stored) else children_of(like)
-    if pairs is None:
-        if isinstance(tree, _Node | dict | list | tuple):
-            raise _unlike(tree, like, path)
-        for what in ("shape", "dtype"):
-            have, want = getattr(tree, what, None), getattr(like, what, None)
-            if have != want:
-                raise ArtifactError(
-                    f"`{_name(path)}` has the {what} {have} in the file and {want} in `like`."
-                )
-        if isinstance(like, SparseTensor) and getattr(tree, "pattern", None) != like.pattern:
-            raise _unlike(tree, like, path)
-        if isinstance(like, QTensor) and getattr(tree, "format", None) != like.format:
-            raise _unlike(tree, like, path)
-        return tree
-    if isinstance(tree, _Node):
-        found, same = tree.children, tree.kind == _type_name(like)
-    elif isinstance(tree, list | tuple):
-        found, same = dict(enumerate(tree)), type(tree) is type(like)
-    else:
-        found, same = tree, type(like) is dict
-    if not same or not isinstance(found, dict) or found.keys() != {k for k, _ in pairs}:
-        raise _unlike(tree, like, path)
-    matched = {k: _match(found[k], v, (*path, k)) for k, v in pairs}
-    if type(like) is dict:
-        return matched
-    structure = jax.tree.structure(like, is_leaf=lambda x: x is not like)
-    return structure.unflatten(matched.values())
-
-
-def children_of(x: Any) -> list[tuple[Any, Any]] | None:
-    """The children of a pytree node by key; None for a leaf."""
-    if type(x) is dict:  # JAX would sort the keys, and fail where they cannot be compared
-        return list(x.items())
-    pairs, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
-    if jax.tree_util.treedef_is_leaf(structure) and len(pairs) == 1 and not pairs[0][0]:
-        return None
-    keys = [k[0] for k, _ in pairs]
-    keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys]
-    if len(set(keys)) < len(keys):
-        keys = list(range(len(keys)))
-    return [(key, child) for key, (_, child) in zip(keys, pairs)]
 
 
 def _from_bytes(x: np.ndarray, name: Any, shape: Any, path: tuple[Any, ...]) -> np.ndarray:
@@ -369,38 +288,10 @@ def _key(key: Any, path: tuple[Any, ...]) -> Any:
     if key is None or type(key) in (bool, int, str):
         return key
     raise ArtifactError(
-        f"The key {key!r} below `{_name(path)}` is a {type(key).__name__}, which cannot be saved: "
+        f"The key {key!r} below `{where(path)}` is a {type(key).__name__}, which cannot be saved: "
         "keys are texts, whole numbers, booleans or None."
     )
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path)) or "tree"
-
-
-def _type_name(x: Any) -> str:
-    for name, kind in _OWN.items():
-        if type(x) is kind:
-            return name
-    return type(x).__qualname__
-
-
 def _wrong(path: tuple[Any, ...]) -> ArtifactError:
-    return ArtifactError(f"The description of `{_name(path)}` is damaged.")
-
-
-def _unlike(tree: Any, like: Any, path: tuple[Any, ...]) -> ArtifactError:
-    def what(x: Any) -> str:
-        if isinstance(x, SparseTensor):
-            return "SparseTensor"
-        if isinstance(x, QTensor):
-            return f"QTensor of {x.format.name}"
-        kind = x.kind if isinstance(x, _Node) else type(x).__name__
-        keys = x.children if isinstance(x, _Node) else x
-        if not isinstance(keys, dict):
-            keys = dict(children_of(x) or ())
-        return f"{kind} ({', '.join(map(str, keys))})" if keys else kind
-
-    return ArtifactError(
-        f"`{_name(path)}` is a {what(tree)} in the file and a {what(like)} in `like`."
-    )
+    return ArtifactError(f"The description of `{where(path)}` is damaged.")

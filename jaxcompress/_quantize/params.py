@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from .._core import autodiff, typed
-from .._files import tree as trees
+from .._files.nodes import own
 from .recipe import Recipe
 from .stateful import quantize_aware_with_state
 
 
-@trees.own
+@own
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantParams(typed.TypedParams):

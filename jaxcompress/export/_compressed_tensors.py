@@ -20,7 +20,7 @@ import numpy as np
 from .._core.qtensor import QTensor
 from .._core.sparse import SparseTensor
 from .._errors import ArtifactError
-from .._files import tree as trees
+from .._files.nodes import children_of
 from .._files.safetensors import NAMES
 from .._files.sealed import LIMIT, parse
 from .._files.whole import member, read_small
@@ -54,7 +54,7 @@ def encode(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, 
                 f"`{where}` is a SparseTensor, which this layout is not written with here: give "
                 'its .dequantize(), or take layout="jaxcompress".'
             )
-        children = None if isinstance(x, QTensor) else trees.children_of(x)
+        children = None if isinstance(x, QTensor) else children_of(x)
         if children is not None:
             for key, child in children:
                 if not str(key) or "." in str(key):

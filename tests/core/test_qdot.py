@@ -11,12 +11,14 @@ import pytest
 from twins import big_floats
 
 import jaxcompress as jc
+from jaxcompress import formats
 from jaxcompress._core import qdot
 
 K, N = 256, 1024
 PACKED = [
     ("int8", None), ("uint4", "group:128"), ("int3", "group:64"), ("nf4", "group:64"),
-    ("nvfp4", None), ("float8_e4m3fn", None), ("binary", None), ("int4", "group:4"),
+    ("nvfp4", None), ("float8_e4m3fn", None), ("mxfp8_e5m2", None), ("binary", None),
+    ("int4", "group:4"),
     ("int4", jc.per_block(16, 16)),
 ]  # fmt: skip
 
@@ -48,6 +50,19 @@ def test_is_the_product_of_the_array(fmt, granularity, along, rows):
     fn = jc.with_qtensors(lambda w, x: x @ w.T if along else x @ w)
     want = np.asarray(x, np.float64) @ (exact(q).T if along else exact(q))
     close(fn(q, x), want)
+
+
+FP8 = [name for name in formats.TABLE if name.startswith("float8") and "e8m0" not in name]
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_every_code_of_fp8_is_taken_apart_as_it_is_cast(name):
+    codes = np.arange(256, dtype=np.uint8).view(formats.get(name).dtype)[None]
+    q = jc.QTensor.from_codes(jnp.asarray(codes), jnp.ones((1, 1)), format=name, dtype=jnp.float32)
+    got, want = jax.jit(lambda q: qdot._in_bytes(q).dequantize())(q), codes.astype(np.float32)
+    assert qdot._in_bytes(q).packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(got, want)  # NaN where it is NaN
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
 
 
 EINSUMS = [

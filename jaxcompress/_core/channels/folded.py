@@ -7,6 +7,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _compat
 from ..sites import Site
 from ..tabular import Tabular
 from .graph import Node
@@ -77,3 +82,46 @@ class FoldedNorm(Tabular):
     def cells(self) -> Sequence[Sequence[str]]:
         rows = [(site, ", ".join(paths)) for site, paths in self.folded.items()]
         return [*rows, *self.kept.items()]
+
+
+def output_channels(site: Site) -> tuple[int, ...]:
+    """Dimensions of the result that come from the weight alone."""
+    k, p = site.weights[0], site.params
+    if site.op == "conv_general_dilated":
+        return (p["dimension_numbers"].out_spec[1],)
+    (contract, batch) = p["dimension_numbers"]
+    free = len(site.operands[k].shape) - len(contract[k]) - len(batch[k])
+    rank = len(site.out_avals[0].shape)
+    own = range(rank - free, rank) if k else range(len(batch[0]), len(batch[0]) + free)
+    return (*range(len(batch[0])), *own)
+
+
+def on_weight(site: Site, scale: np.ndarray) -> np.ndarray:
+    """Factors of the output channels in the shape of the weight operand."""
+    k, p = site.weights[0], site.params
+    shape = site.operands[k].shape
+    if site.op == "conv_general_dilated":
+        dims = [p["dimension_numbers"].rhs_spec[0]]
+    else:
+        contract, batch = p["dimension_numbers"]
+        free = [d for d in range(len(shape)) if d not in (*contract[k], *batch[k])]
+        dims = [*batch[k], *free]
+    moved = np.transpose(scale, np.argsort(np.asarray(dims, int)))
+    return np.broadcast_to(
+        moved.reshape([n if d in dims else 1 for d, n in enumerate(shape)]), shape
+    )
+
+
+def written(w: jax.Array, read: Any, values: np.ndarray, multiply: bool) -> jax.Array | None:
+    """A parameter that reads as `values`, or as itself times `values`; None if none does."""
+    index = jnp.arange(w.size).reshape(w.shape)
+    for eqn in read[1]:
+        if eqn.primitive.name != "convert_element_type":
+            (index,) = _compat.bind(eqn, [index])
+    flat = np.ones(w.size, np.asarray(values).dtype)
+    flat[np.asarray(index).ravel()] = np.ravel(values)
+    if not np.array_equal(flat[np.asarray(index)], values):
+        return None
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    x = jnp.asarray(flat).reshape(w.shape).astype(wide)
+    return (w.astype(wide) * x if multiply else x).astype(w.dtype)

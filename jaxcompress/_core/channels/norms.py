@@ -22,7 +22,7 @@ from .. import _compat
 from ..arguments import ArgNums
 from ..sites import Site
 from ..staging import split
-from .folded import Fold, FoldedNorm, Step
+from .folded import Fold, FoldedNorm, Step, on_weight, output_channels, written
 from .graph import Graph, Node, channel_graph
 from .params import param_tree
 
@@ -138,7 +138,7 @@ class _Plan:
         if self.uses(self.graph.node, self.graph.node.jaxpr.invars[self.place(weight)]) != 1:
             return f"`{path}` is used elsewhere too"
         shift, shape = None, site.out_avals[0].shape
-        channels = math.prod(shape[d] for d in _output_channels(site))
+        channels = math.prod(shape[d] for d in output_channels(site))
         adds = [s for s in steps if n.jaxpr.eqns[s.index].primitive.name in ("add", "sub")]
         for s in adds:
             eqn = n.jaxpr.eqns[s.index]
@@ -267,7 +267,7 @@ class _Plan:
         new, folds = list(flat), []
         for f in self.folds:
             scale, shift = self.affine(f, known[f.node])
-            axes = _output_channels(f.site)
+            axes = output_channels(f.site)
             rest = tuple(d for d in range(scale.ndim) if d not in axes)
             first = tuple(slice(None) if d in axes else slice(0, 1) for d in range(scale.ndim))
             same = [np.array_equal(a, np.broadcast_to(a[first], a.shape)) for a in (scale, shift)]
@@ -276,8 +276,8 @@ class _Plan:
                 continue
             w = f.node.jaxpr.eqns[f.index].invars[f.site.weights[0]]
             # Factors in the shape of the operand: the output channels are its free dimensions.
-            factor = _on_weight(f.site, np.squeeze(scale[first], rest))
-            changed = {f.weight: _written(flat[f.weight], self.reads(f.node, w), factor, True)}
+            factor = on_weight(f.site, np.squeeze(scale[first], rest))
+            changed = {f.weight: written(flat[f.weight], self.reads(f.node, w), factor, True)}
             if f.shift is not None:
                 step, number = f.shift
                 eqn = f.node.jaxpr.eqns[step.index]
@@ -285,7 +285,7 @@ class _Plan:
                 values = -shift if eqn.primitive.name == "sub" else shift
                 values = values[tuple(slice(0, n) for n in other.aval.shape)]
                 read = self.reads(f.node, other)
-                changed[number] = _written(flat[number], read, values, False)
+                changed[number] = written(flat[number], read, values, False)
             if any(x is None for x in changed.values()):
                 self.kept[f.site.name] = "its weight or the shift is shared by several channels"
                 continue
@@ -327,46 +327,3 @@ class _Plan:
         zero, one = (jnp.full(aval.shape, k, aval.dtype) for k in (0, 1))
         shift, scale = jax.jvp(chain, (zero,), (one,))
         return np.asarray(scale), np.asarray(shift)
-
-
-def _output_channels(site: Site) -> tuple[int, ...]:
-    """Dimensions of the result that come from the weight alone."""
-    k, p = site.weights[0], site.params
-    if site.op == "conv_general_dilated":
-        return (p["dimension_numbers"].out_spec[1],)
-    (contract, batch) = p["dimension_numbers"]
-    free = len(site.operands[k].shape) - len(contract[k]) - len(batch[k])
-    rank = len(site.out_avals[0].shape)
-    own = range(rank - free, rank) if k else range(len(batch[0]), len(batch[0]) + free)
-    return (*range(len(batch[0])), *own)
-
-
-def _on_weight(site: Site, scale: np.ndarray) -> np.ndarray:
-    """Factors of the output channels in the shape of the weight operand."""
-    k, p = site.weights[0], site.params
-    shape = site.operands[k].shape
-    if site.op == "conv_general_dilated":
-        dims = [p["dimension_numbers"].rhs_spec[0]]
-    else:
-        contract, batch = p["dimension_numbers"]
-        free = [d for d in range(len(shape)) if d not in (*contract[k], *batch[k])]
-        dims = [*batch[k], *free]
-    moved = np.transpose(scale, np.argsort(np.asarray(dims, int)))
-    return np.broadcast_to(
-        moved.reshape([n if d in dims else 1 for d, n in enumerate(shape)]), shape
-    )
-
-
-def _written(w: jax.Array, read: Any, values: np.ndarray, multiply: bool) -> jax.Array | None:
-    """A parameter that reads as `values`, or as itself times `values`; None if none does."""
-    index = jnp.arange(w.size).reshape(w.shape)
-    for eqn in read[1]:
-        if eqn.primitive.name != "convert_element_type":
-            (index,) = _compat.bind(eqn, [index])
-    flat = np.ones(w.size, np.asarray(values).dtype)
-    flat[np.asarray(index).ravel()] = np.ravel(values)
-    if not np.array_equal(flat[np.asarray(index)], values):
-        return None
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    x = jnp.asarray(flat).reshape(w.shape).astype(wide)
-    return (w.astype(wide) * x if multiply else x).astype(w.dtype)

@@ -11,8 +11,8 @@ from ..._errors import ArtifactError
 from . import fpga
 from .convert import Converter, rule, shrunk
 from .decode import scale_names
-from .dot import quantized_by_first_axis, thin, unsigned
 from .graph import Value
+from .integer_dot import quantized_by_first_axis, thin, unsigned
 from .patches import integer_conv
 from .quantized import Packed, Quantized
 from .shape import padded

@@ -60,7 +60,7 @@ def values_and_gradients(f, *args):
         return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in jax.tree.leaves(f(*args)))
 
     wrt = tuple(i for i, a in enumerate(args[:2]) if all(map(floats, jax.tree.leaves(a))))
-    return jax.jit(f)(*args), jax.jit(jax.grad(loss, argnums=wrt))(*args)
+    return jax.jit(lambda *args: (f(*args), jax.grad(loss, argnums=wrt)(*args)))(*args)
 
 
 def floats(x) -> bool:

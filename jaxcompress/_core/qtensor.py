@@ -30,6 +30,8 @@ from .blocks import Blocks, Tiles
 class Stored:
     """What stands for an array, of a `shape` and `dtype`, that `dequantize()` computes."""
 
+    __array_ufunc__ = None  # a NumPy array times one is what `__rmatmul__` makes of it
+
     def dequantize(self) -> jax.Array:
         raise NotImplementedError
 

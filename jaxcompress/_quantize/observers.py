@@ -46,7 +46,8 @@ def observe(
         mean = jnp.mean(jnp.abs(v), shared, keepdims=True)
         mean = lax.pmean(mean, tuple(sync)) if sync else mean
         return {"total": old["total"] + mean, "count": old["count"] + 1}
-    low, high = state.ends_of(v, shared, quantizer.symmetric, sync)
+    one_sided = quantizer.range == "pact"  # what is negative is clipped to 0
+    low, high = state.ends_of(v, shared, quantizer.symmetric and not one_sided, sync)
     if quantizer.range == "ema":
         return state.averaged(old, low, high, quantizer.momentum)
     new = {

@@ -10,6 +10,8 @@ from jax.core import Tracer
 
 from .._errors import FormatError
 
+_SMALL = 2**16  # values that are faster read than a program is compiled
+
 
 def check_floating(dtype: Any, what: str) -> None:
     """Raises FormatError unless `dtype` is floating; `what` names the caller."""
@@ -22,7 +24,11 @@ def check_floating(dtype: Any, what: str) -> None:
 
 def count_nonfinite(x: Any) -> int:
     """Returns how many NaNs and infinities a concrete array has; none where it holds integers."""
-    return int(_nonfinite(x)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else 0
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return 0
+    if np.size(x) <= _SMALL and getattr(x, "is_fully_addressable", True):
+        return int(np.sum(~np.isfinite(np.asarray(x))))
+    return int(_nonfinite(x))
 
 
 def reject_nan(v: jax.Array, name: str, *, infinite: bool = False) -> None:
@@ -33,26 +39,21 @@ def reject_nan(v: jax.Array, name: str, *, infinite: bool = False) -> None:
         name: of the format.
         infinite: whether values that are infinite in float32 are as bad.
     """
-    if isinstance(v, Tracer) or not _has_bad(v, infinite):
+    if isinstance(v, Tracer):
         return
-    bad = np.asarray(_bad(v, infinite))
-    first = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise FormatError(
-        f"{name} has no NaN, but {bad.sum()} of {v.size} scaled values are NaN, the first at "
-        f"index {first}. Look for NaN or infinity in the array and its scale."
-    )
-
-
-# One program for an array instead of one for each operation.
+    v = v if v.dtype.itemsize <= 4 else v.astype(jnp.float32)
+    if not count_nonfinite(v):
+        return
+    values = np.asarray(v.astype(jnp.float32))
+    bad = ~np.isfinite(values) if infinite else np.isnan(values)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise FormatError(
+            f"{name} has no NaN, but {bad.sum()} of {v.size} scaled values are NaN, the first at "
+            f"index {first}. Look for NaN or infinity in the array and its scale."
+        )
 
 
 @jax.jit
 def _nonfinite(x: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x))
-
-
-def _bad(v: jax.Array, infinite: bool) -> jax.Array:
-    return ~jnp.isfinite(v.astype(jnp.float32)) if infinite else jnp.isnan(v)
-
-
-_has_bad = jax.jit(lambda v, infinite: jnp.any(_bad(v, infinite)), static_argnums=1)

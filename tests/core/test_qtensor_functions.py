@@ -64,6 +64,14 @@ def test_methods_mirror_arrays():
     assert jc.nbytes(q.T) == jc.nbytes(q)
 
 
+def test_numpy_arrays_times_qtensors():
+    q, x = quantized("int4", (32, 6)), np.ones((4, 32), np.float32)
+    a = np.asarray(q.dequantize())
+    for got, want in [(x @ q, x @ a), (q.T @ x.T, a.T @ x.T)]:
+        assert isinstance(got, jax.Array)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_methods_that_cannot_say_so():
     q = quantized("int4", (64, 32), "group:16")
     with pytest.raises(jc.FormatError, match=r"indexing with slice\(8, 24.*groups.*dequantize"):

@@ -6,6 +6,7 @@ nearest, which is none of the scale rules, and makes NaN of zero.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -62,6 +63,8 @@ class E8M0(Format):
         return lax.select(jnp.isnan(v), lax.full_like(code, NAN), code)
 
 
+# One program for an array instead of one for each operation.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def e8m0_scale(extent: jax.Array, top: float, rule: str) -> jax.Array:
     """Returns the E8M0 code of the scale that maps an extent to the top of an element format.
 
@@ -95,6 +98,7 @@ def e8m0_scale(extent: jax.Array, top: float, rule: str) -> jax.Array:
     return lax.select(wrong, lax.full_like(code, NAN), code).astype(jnp.uint8)
 
 
+@functools.partial(jax.jit, inline=True)
 def e8m0_value(code: jax.Array) -> jax.Array:
     """Returns 2^(code - 127) in float32, NaN for 255. Code 0 is subnormal: see `e8m0_factors`."""
     code = code.astype(jnp.int32)
@@ -103,6 +107,7 @@ def e8m0_value(code: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+@functools.partial(jax.jit, inline=True)
 def e8m0_factors(code: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two powers of two whose product is 2^(code - 127), NaN for 255.
 

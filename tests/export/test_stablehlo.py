@@ -92,7 +92,8 @@ MODELS = {
 }
 
 
-ONE_EACH = list(zip(jc.recipes.RECIPES, [*MODELS] * 5))
+DIFFERENT = ("w8a8", "w4a8-g32", "mxfp8", "nvfp4", "nf4", "ternary", "w8a8-static", "lsq-w4a4")
+ONE_EACH = list(zip(DIFFERENT, [*MODELS] * 5))
 ALL = [(r, m) for r in jc.recipes.RECIPES for m in MODELS]
 LOADER = """
 import sys, pathlib, numpy as np, jaxcompress as jc

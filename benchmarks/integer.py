@@ -2,9 +2,9 @@
 """Products of integers and of packed weights over float32: linear layers and convolutions.
 
 Linear: K = 1024 terms, N = 4096 columns, M = 1, 4, 32 and 256 rows; the weight is stored in int8
-or in int4 in groups of 128. `w8a8` and `w4a8` quantize the activation per token inside what is
-measured, and multiply integers where `quantize_aware` does; `w8a16` and `w4a16` multiply floats, a
-part of the weight at a time. "x @ w.T": the weight is stored as [N, K], like a tied embedding.
+in int4 in groups of 128, or in fp8 (E4M3). `w8a8` and `w4a8` quantize the activation per token inside
+what is measured, and multiply integers where `quantize_aware` does; `w8a16`, `w4a16` and `fp8`
+multiply floats, a part of the weight at a time. "x @ w.T": the weight is stored as [N, K], like a tied embedding.
 Convolutions: 3 x 3, 32 and 64 channels. onnxruntime (MatMulInteger, u8 x s8; MatMulNBits, int4 in
 groups of 128, accuracy level 4) runs beside where it is installed, on one thread.
 
@@ -44,18 +44,21 @@ def linear(m, k, n, turned=False):
     dot = lambda p, x: x @ (p["w"].T if turned else p["w"])  # noqa: E731
     int8 = {"w": jc.Quantizer("int8").quantize(w, axis=int(turned))}
     int4 = {"w": GROUPS.quantize(w, axis=int(turned))}
+    fp8 = {"w": jc.Quantizer("float8_e4m3fn").quantize(w, axis=int(turned))}
     out = {
         "float32": compiled(dot, {"w": w}, x),
         "w8a8": compiled(jc.quantize_aware(dot, "w8a8"), int8, x),
         "w8a16": compiled(jc.with_qtensors(dot), int8, x),
         "w4a8": compiled(jc.quantize_aware(dot, W4A8), int4, x),
         "w4a16": compiled(jc.with_qtensors(dot), int4, x),
+        "fp8": compiled(jc.with_qtensors(dot), fp8, x),
     }
     if m >= 32:
         assert integer_products(out["w8a8"][0]) >= 1
         assert turned or integer_products(out["w4a8"][0]) >= 1
-    want, params = dot({"w": w}, x), {"w8": int8, "w4": int4}
-    for name, most in (("w8a8", 0.05), ("w8a16", 0.05), ("w4a8", 0.2), ("w4a16", 0.2)):
+    want, params = dot({"w": w}, x), {"w8": int8, "w4": int4, "fp": fp8}
+    allowed = {"w8a8": 0.05, "w8a16": 0.05, "w4a8": 0.2, "w4a16": 0.2, "fp8": 0.1}
+    for name, most in allowed.items():
         error = jnp.abs(out[name][0](params[name[:2]], x) - want).max() / jnp.abs(want).max()
         assert float(error) < most, (name, error)
     if importlib.util.find_spec("onnxruntime") and not turned:

@@ -6,8 +6,8 @@ weight first, which takes longer than the product of a few rows. Here a loop tak
 order in which its codes lie:
 
     y[:, n] = x w[n, :]^T         codes lie along the sum: a block of output channels at a time
-    y = sum_i x[:, i] w[i, :]     along channels, up to 16 rows of x: eight terms at a time, which
-                                  are unpacked and added up in one pass, never written in floats
+    y = sum_i x[:, i] w[i, :]     along channels, up to 16 rows of x (4 with fp8): eight terms at a
+                                  time, which are unpacked and added up in one pass, never written in floats
     y[:, n] = x w[:, n]           along channels, more rows: a block of output channels at a time
 
 The sum is one of float32; only its order is another. `benchmarks/integer.py` measures. What other
@@ -29,6 +29,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
+from ..formats import Format
 from ..formats._minifloat import Minifloat
 from . import _compat, qmove, qpick
 from .analyze import INTEGER
@@ -114,12 +115,18 @@ def _as_matrix(q: QTensor, summed: Any, free: Any) -> tuple[QTensor, bool] | Non
     return None if matrix is None or matrix.axis != -1 else (matrix, along)
 
 
+def _fp8(fmt: Format) -> Minifloat | None:
+    """What the elements of a format are, if it is fp8."""
+    element = getattr(fmt, "element", fmt)
+    return element if isinstance(element, Minifloat) and element.code_bits == 8 else None
+
+
 def _in_bytes(q: QTensor) -> QTensor:
     """The same numbers with codes of fp8 as bytes: taking their bits apart is several times faster
     than the casts of XLA on CPUs, which are no vector code."""
     fmt, dtype = q.format, np.dtype(np.uint8)
-    element = getattr(fmt, "element", fmt)
-    if not isinstance(element, Minifloat) or element.code_bits != 8:
+    element = _fp8(fmt)
+    if element is None:
         return q
     bits = dataclasses.replace(element, dtype=dtype)
     if fmt is not element:
@@ -155,7 +162,8 @@ def _loop(q: QTensor, along: bool, rows: Any) -> Callable | None:
     """The loop for so many rows, which may be a symbol of `jax.export`."""
     n, cut = q.shape[0 if along else 1], q.blocks
     rows = rows if isinstance(rows, int) else math.inf
-    if not along and rows <= min(_FEW, q.size // _EACH):
+    few = _FEW if _fp8(q.format) is None else _FEW // 4  # a row takes all codes apart again
+    if not along and rows <= min(few, q.size // _EACH):
         k, found, lead = q.shape[0], 0, ()
         if cut is None:
             found, lead = k, (1,)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of integers and of packed weights over float32: linear layers and convolutions.
 
-Linear: K = 1024 terms, N = 4096 columns, M = 1, 4, 32 and 256 rows; the weight is stored in int8
-in int4 in groups of 128, or in fp8 (E4M3). `w8a8` and `w4a8` quantize the activation per token inside
-what is measured, and multiply integers where `quantize_aware` does; `w8a16`, `w4a16` and `fp8`
-multiply floats, a part of the weight at a time. "x @ w.T": the weight is stored as [N, K], like a tied embedding.
+Linear: K = 1024 terms, N = 4096 columns, M = 1, 4, 32 and 256 rows; the weight is stored in int8,
+in int4 in groups of 128, or in fp8 (E4M3). `w8a8` and `w4a8` quantize the activation per token
+inside what is measured, and multiply integers where `quantize_aware` does; `w8a16`, `w4a16` and
+`fp8` multiply floats, a part of the weight at a time. "x @ w.T": the weight is stored as [N, K],
+like a tied embedding.
 Convolutions: 3 x 3, 32 and 64 channels. onnxruntime (MatMulInteger, u8 x s8; MatMulNBits, int4 in
 groups of 128, accuracy level 4) runs beside where it is installed, on one thread.
 

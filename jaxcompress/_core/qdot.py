@@ -7,7 +7,7 @@ order in which its codes lie:
 
     y[:, n] = x w[n, :]^T         codes lie along the sum: a block of output channels at a time
     y = sum_i x[:, i] w[i, :]     along channels, up to 16 rows of x (4 with fp8): eight terms at a
-                                  time, which are unpacked and added up in one pass, never written in floats
+                                  time, unpacked and added up in one pass, never written in floats
     y[:, n] = x w[:, n]           along channels, more rows: a block of output channels at a time
 
 The sum is one of float32; only its order is another. `benchmarks/integer.py` measures. What other

@@ -70,9 +70,8 @@ class Product(NamedTuple):
         k = math.prod(q.shape[d] for d in inner)
         if matrix is None:
             return None
-        y = _matmul(
-            _in_bytes(matrix[0]), matrix[1], lax.reshape(lax.transpose(x, (*kept, *outer)), (m, k))
-        )
+        rows = lax.reshape(lax.transpose(x, (*kept, *outer)), (m, k))
+        y = _matmul(_in_bytes(matrix[0]), matrix[1], rows)
         if self.side:
             return lax.reshape(y, (*own, *channels))
         return lax.reshape(lax.transpose(y, (1, 0)), (*channels, *own))

@@ -96,10 +96,12 @@ def children_of(x: Any) -> list[tuple[Any, Any]] | None:
 
 
 def where(path: tuple[Any, ...]) -> str:
+    """A place in a tree, for errors and names of arrays."""
     return "/".join(map(str, path)) or "tree"
 
 
 def type_name(x: Any) -> str:
+    """The name by which a file knows the type of a node."""
     for name, kind in _OWN.items():
         if type(x) is kind:
             return name

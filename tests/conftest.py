@@ -1,14 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight CPU devices, strict rank promotion, and the twins that tests compare with."""
+"""Eight CPU devices, programs that compile fast, strict rank promotion, and shared fixtures."""
 
+import atexit
 import collections
 import gc
 import gzip
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+# Most of the time goes into compiling: XLA takes half of it with fewer passes, what one process
+# compiled the others read, and nobody reads source lines in programs. `XLA_FLAGS= python -m pytest`
+# compiles as users do.
+if "XLA_FLAGS" not in os.environ:
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_use_fusion_emitters=false"  # a third of the time; gone in 0.12
+    os.environ["XLA_FLAGS"] = flags
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

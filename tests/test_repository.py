@@ -2,12 +2,14 @@
 """The repository keeps its own rules: licence lines, import directions, a light import, one CI."""
 
 import ast
+import collections
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -227,3 +229,31 @@ def test_files_of_tests_have_names_of_their_own():
     """pytest imports them by name alone, and stops at the second of two."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_cover_has_every_value_so_often(times):
+    pairs = [("p", 1), ("q", 2), ("r", 3)]
+    params = [{"a": a, "b": b, "c": c} for a in "vwxyz" for b, c in pairs]
+    marks = [
+        pytest.mark.parametrize("a", "vwxyz").mark,
+        pytest.mark.parametrize("b, c", pairs).mark,
+    ]
+
+    class Case:
+        def __init__(self, params):
+            self.callspec, self.params = self, params
+
+        def get_closest_marker(self, _):
+            return pytest.mark.cover(times=times).mark
+
+        def iter_markers(self, _):
+            return marks
+
+    cases = [Case(case) for case in params]
+    rest = conftest.left_out(cases)
+    kept = [case.params for case in cases if case not in rest]
+    assert len(kept) == 5 * times  # no fewer have every letter so often
+    for name in "abc":
+        found = collections.Counter(case[name] for case in kept)
+        assert found.keys() == {case[name] for case in params} and min(found.values()) >= times

@@ -169,6 +169,18 @@ def test_the_same_pairs_are_found_again():
     assert len(runs) == 1
 
 
+def test_a_divisor_is_multiplied():
+    rng = np.random.default_rng(0)
+    params = {"g": rng.uniform(0.5, 2, (1, 8)), "b": rng.normal(size=(8, 4))}
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in params.items()}
+    x, s = rng.normal(size=(5, 8)).astype(np.float32), rng.uniform(0.5, 2, 8).astype(np.float32)
+    fn = lambda p, x: jax.nn.relu(x / p["g"]) @ p["b"]  # noqa: E731
+    (pair,) = scale_pairs(fn)(params, x).pairs
+    assert not pair.producers  # none is divided
+    assert [(m.path, m.exponent) for m in pair.consumers] == [("b", 1), ("g", 1)]
+    np.testing.assert_allclose(fn(pair.apply(params, s), x), fn(params, x), rtol=1e-5, atol=1e-6)
+
+
 ACTIVATIONS = {  # the power of s by which the producers are multiplied, or what stops it
     "relu": (jax.nn.relu, -1),
     "identity": (lambda x: x, -1),

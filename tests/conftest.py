@@ -59,7 +59,8 @@ def noise_images(tmp_path, monkeypatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """A test whose name holds an address has another name in every process."""
+    """Refuses names that hold an address, which differ between processes; marks what covers leave
+    out as `full`."""
     bad = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if bad:
         raise pytest.UsageError(f"give these tests ids without addresses: {bad[:3]}")

@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from twins import big_floats
+from twins import big_floats, normal
 
 import jaxcompress as jc
 from jaxcompress import formats
@@ -21,10 +21,6 @@ PACKED = [
     ("int4", "group:4"),
     ("int4", jc.per_block(16, 16)),
 ]  # fmt: skip
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def weight(fmt="int4", granularity="group:32", shape=(K, N), axis=0):

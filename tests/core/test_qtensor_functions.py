@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from twins import big_floats
+from twins import big_floats, normal
 
 import jaxcompress as jc
 from jaxcompress._core import qdot
@@ -20,10 +20,6 @@ from jaxcompress._core.qtensor import QTensor
 from jaxcompress._quantize.storage import packed_params
 
 FORMATS = ["int4", "uint4", "mxfp4", "nvfp4", "nf4", "float8_e4m3fn"]
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def quantized(fmt="int4", shape=(64, 32), granularity=None, axis=0):

@@ -20,7 +20,7 @@ from ._core.observe import sites
 from ._errors import ArtifactError, JaxCompressError, RecipeError
 from ._page import COLUMNS, report_of, summary
 from ._quantize import methods, recipes
-from ._quantize.aware import describe
+from ._quantize.decisions import describe
 from ._quantize.recipe import Recipe
 from ._result import EXPORTS, ONNX, QONNX, REPORT, STABLEHLO, read_report
 from ._task import Task, load_task, user_code

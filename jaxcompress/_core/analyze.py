@@ -7,14 +7,14 @@ a block that is called 48 times is looked at once. `_core/naming.py` names the s
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.extend.core import Literal
 
-from . import _compat, dimensions
+from . import _compat, analyze_loops, dimensions
+from .analysis import FAKE, INTEGER, MARK, OPAQUE, Analysis, Draft, State
 from .provenance import (
     CONSTANT,
     DATA,
@@ -30,10 +30,6 @@ from .provenance import (
 )
 from .sites import LOOKUPS, OPERATIONS, row_axes
 
-MARK = "jaxcompress_"  # prefix of the names of regions and functions that a transform emitted
-FAKE = MARK + "fake_"  # jaxcompress_fake_quantize: the value is owned by the kind after the prefix
-INTEGER = MARK + "integer"  # a site in integers, and in floats for those who change it
-OPAQUE = MARK + "opaque"  # a region that is left alone and hidden
 ORDERS = 3  # how often a custom_vjp whose forward rule calls itself can be differentiated
 
 # Primitives that call one jaxpr, and the parameter that holds it.
@@ -48,41 +44,6 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "shard_map": "jaxpr",
 }
-
-
-class Draft(NamedTuple):
-    """A site before it has a name; parameters are numbers."""
-
-    labels: tuple[Label, ...]
-    roles: tuple[str, ...]
-    opaque: bool
-    eqn: Any
-
-
-class Call(NamedTuple):
-    """An equation that calls jaxprs: (analysis, parameters of the caller by number) each."""
-
-    bodies: tuple[tuple[Analysis, list[int]], ...]
-    scan: int | None = None  # depth, if this is a scan
-    length: int = 0
-
-
-@dataclasses.dataclass
-class Analysis:
-    """What was found in one jaxpr for one pattern of labels."""
-
-    drafts: dict[int, Draft] = dataclasses.field(default_factory=dict)
-    calls: dict[int, Call] = dataclasses.field(default_factory=dict)
-    extra: dict[int, Any] = dataclasses.field(default_factory=dict)
-    marks: dict[str, Label] = dataclasses.field(default_factory=dict)
-    owned: set[str] = dataclasses.field(default_factory=set)
-    outputs: list[Label] = dataclasses.field(default_factory=list)
-    layers: frozenset[int] = frozenset()  # depths of scans over which some weight is a slice
-    experts: frozenset[int] = frozenset()  # parameters of which data chose a matmul's weight
-
-    @property
-    def empty(self) -> bool:
-        return not (self.drafts or self.calls or self.marks or self.owned)
 
 
 class Analyzer:
@@ -120,7 +81,7 @@ class Analyzer:
         found = Analysis()
         env: dict[Any, Label] = dict(zip(jaxpr.invars, labels, strict=True))
         env.update(zip(jaxpr.constvars, constants or [CONSTANT] * len(jaxpr.constvars)))
-        state = _State(self, found, depth, manual)
+        state = State(self, found, depth, manual)
 
         def read(v: Any) -> Label:
             return CONSTANT if isinstance(v, Literal) else env.get(v, CONSTANT)
@@ -137,41 +98,10 @@ class Analyzer:
         return found
 
 
-class _State(NamedTuple):
-    """What the rules need of the analysis under way."""
-
-    analyzer: Analyzer
-    found: Analysis
-    depth: int
-    manual: frozenset[str]
-
-    def enter(self, jaxpr: Any, labels: Sequence[Label], deeper: int = 0):
-        return self.analyzer.call(jaxpr, labels, self.depth + deeper, self.manual)
-
-    def record(self, i: int, results: Sequence[tuple], scan: int | None = None, length: int = 0):
-        bodies = tuple((analysis, numbers) for analysis, numbers, _ in results)
-        for analysis, numbers in bodies:
-            for name, label in analysis.marks.items():
-                self.mark(name, renumber(label, numbers))
-            self.found.owned |= analysis.owned
-            layers = analysis.layers - ({scan} if scan is not None else set())
-            self.found.layers |= layers
-            self.found.experts |= frozenset(numbers[n] for n in analysis.experts)
-        if any(a.drafts or a.calls for a, _ in bodies):
-            self.found.calls[i] = Call(bodies, scan, length)
-
-    def mark(self, name: str, label: Label):
-        old = self.found.marks.get(name)
-        if old is not None and old != label:
-            params = old.params | label.params
-            label = Label(data=old.data and label.data, params=params)
-        self.found.marks[name] = label
-
-
 # ---------------------------------------------------------------------- one rule a primitive
 
 
-def _ordinary(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _ordinary(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     name, rank = eqn.primitive.name, 0
     if name in LOOKUPS:
         rank = row_rank(eqn)
@@ -197,7 +127,7 @@ def row_rank(eqn: Any) -> int:
     return sum(shape[d] not in (0, 1) for d in row_axes(eqn))
 
 
-def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[str]:
+def _site(state: State, i: int, eqn: Any, ins: list[Label]) -> list[str]:
     """Records a site and returns the roles of its operands."""
     labels = ins[: OPERATIONS[eqn.primitive.name]]
     lookup = eqn.primitive.name in LOOKUPS
@@ -220,7 +150,7 @@ def _site(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[str]:
     return roles
 
 
-def _opaque(state: _State, i: int, eqn: Any, ins: list[Label]) -> None:
+def _opaque(state: State, i: int, eqn: Any, ins: list[Label]) -> None:
     roles = tuple("weight" if label.weight else "activation" for label in ins)
     state.found.drafts[i] = Draft(tuple(ins), roles, True, eqn)
 
@@ -235,13 +165,13 @@ def _hides_matmul(eqn: Any) -> bool:
     return False
 
 
-def _name(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _name(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     if eqn.params["name"].startswith(MARK):
         state.mark(eqn.params["name"], ins[0])
     return _ordinary(state, i, eqn, ins)
 
 
-def _jit(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _jit(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     name = eqn.params.get("name", "")
     if name.startswith(FAKE):
         out = ins[0]._replace(owners=ins[0].owners | {name[len(FAKE) :]})
@@ -254,7 +184,7 @@ def _jit(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     return _call(state, i, eqn, ins)
 
 
-def _integer(state: _State, i: int, plain: Any, ins: list[Label]) -> list[Label]:
+def _integer(state: State, i: int, plain: Any, ins: list[Label]) -> list[Label]:
     """A site that is computed in integers: what it says it computes is its product of floats."""
     jaxpr, used = plain
     result = state.enter(jaxpr, [label for label, u in zip(ins, used, strict=True) if u])
@@ -263,13 +193,13 @@ def _integer(state: _State, i: int, plain: Any, ins: list[Label]) -> list[Label]
     return result[2] * 2
 
 
-def _call(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _call(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     result = state.enter(eqn.params[CALLS[eqn.primitive.name]], ins)
     state.record(i, [result])
     return result[2]
 
 
-def _custom_vjp(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _custom_vjp(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     primal = state.enter(eqn.params["call_jaxpr"], ins)
     function, under_way = _compat.backward_function(eqn.params), state.analyzer.under_way
     if under_way.count(function) == ORDERS:  # its forward rule calls the function itself
@@ -291,7 +221,7 @@ def _custom_vjp(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label
     return primal[2]
 
 
-def _shard_map(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
+def _shard_map(state: State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
     p = eqn.params
     axes = state.manual | frozenset(p["newly_manual_axes"])
     labels = []
@@ -315,91 +245,14 @@ def _axis_names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _scan(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
-    depth, length = state.depth + 1, eqn.params["length"]
-    consts, carry, xs = _compat.split_scan(eqn.params, ins)
-    xs = [_slice_of_stack(x, depth) for x in xs]
-
-    def body(carry: list[Label]):
-        return state.enter(eqn.params["jaxpr"], [*consts, *carry, *xs], deeper=1)
-
-    carry, result = _fixed_point(body, carry)
-    state.record(i, [result], scan=depth, length=length)
-    state.found.extra[i] = state.depth
-    k = len(carry)
-    done = [_drop_scan(x, depth) for x in carry]
-    ys = [
-        out._replace(manual=(frozenset(), *out.manual)) if out.manual is not None else out
-        for out in (_drop_scan(x, depth) for x in result[2][k:])
-    ]
-    return done + ys
-
-
-def _slice_of_stack(x: Label, depth: int) -> Label:
-    manual = x.manual[1:] if x.manual is not None else None
-    return x._replace(scans=x.scans | {depth} if x.weight else x.scans, manual=manual)
-
-
-def _drop_scan(x: Label, depth: int) -> Label:
-    return x._replace(scans=x.scans - {depth}, reads=None if x.params else ())
-
-
-def _while(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
-    p = eqn.params
-    n, m = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts, carry = ins[:n], ins[n : n + m], ins[n + m :]
-
-    def body(carry: list[Label]):
-        return state.enter(p["body_jaxpr"], [*body_consts, *carry])
-
-    carry, result = _fixed_point(body, carry)
-    test = state.enter(p["cond_jaxpr"], [*cond_consts, *carry])
-    state.record(i, [test, result])
-    return carry
-
-
-def _fixed_point(body: Any, carry: list[Label]) -> tuple[list[Label], tuple]:
-    """Labels of a loop's carry that one more round does not change."""
-    while True:
-        result = body(carry)
-        new = [
-            old if out == old else merge([old, out])._replace(manual=_wider(old, out))
-            for old, out in zip(carry, result[2], strict=False)
-        ]
-        if new == carry:
-            return carry, result
-        carry = new
-
-
-def _wider(a: Label, b: Label) -> tuple[frozenset[str], ...] | None:
-    if a.manual is None or b.manual is None:
-        return a.manual if b.manual is None else b.manual
-    return tuple(x | y for x, y in zip(a.manual, b.manual, strict=True))
-
-
-def _cond(state: _State, i: int, eqn: Any, ins: list[Label]) -> list[Label]:
-    results = [state.enter(branch, ins[1:]) for branch in eqn.params["branches"]]
-    state.record(i, results)
-    outs = []
-    for labels in zip(*(result[2] for result in results), strict=True):
-        # Parameters picked by a predicate on data are still parameters: an expert, a layer.
-        out = labels[0] if len(set(labels)) == 1 else merge(labels)
-        if ins[0].data and out.weight:
-            out = out._replace(chosen=out.chosen or 2)
-        for label in labels:
-            out = out._replace(manual=_wider(out, label))
-        outs.append(out)
-    return outs
-
-
 _RULES = {
     **dict.fromkeys(CALLS, _call),
     "jit": _jit,
     "pjit": _jit,
     "custom_vjp_call": _custom_vjp,
     "shard_map": _shard_map,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
+    "scan": analyze_loops.scan,
+    "while": analyze_loops.while_loop,
+    "cond": analyze_loops.cond,
     "name": _name,
 }

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from . import _compat, typed
-from .analyze import MARK
+from .analysis import MARK
 from .provenance import CONSTANT, Label
 from .sites import Site
 from .staging import Packed, Staged, split, stage

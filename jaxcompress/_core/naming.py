@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _compat
-from .analyze import CALLS, Analysis, Draft, row_rank
+from .analysis import Analysis, Draft
+from .analyze import CALLS, row_rank
 from .sites import LOOKUPS, Operand, Plan, Site
 
 

@@ -32,7 +32,7 @@ from jax.custom_derivatives import SymbolicZero
 from ..formats import Format
 from ..formats._minifloat import Minifloat
 from . import _compat, qmove, qpick
-from .analyze import INTEGER
+from .analysis import INTEGER
 from .blocks import Blocks
 from .qtensor import QTensor, is_qtensor
 
@@ -230,7 +230,7 @@ def _by_terms(q: QTensor, x: jax.Array, size: int) -> jax.Array:
 def jaxcompress_integer(q: QTensor, x: jax.Array, spec: Product) -> tuple[jax.Array, jax.Array]:
     """(the product, that of the unpacked weight for whoever puts it in its place).
 
-    Its name is `analyze.INTEGER`: that of all sites which are computed on codes.
+    Its name is `analysis.INTEGER`: that of all sites which are computed on codes.
     """
 
     def loop(q: QTensor, x: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ import jax
 
 from .._errors import SiteError
 from . import _compat, autodiff, typed
-from .analyze import OPAQUE, Analyzer
+from .analysis import OPAQUE
+from .analyze import Analyzer
 from .arguments import label_arguments, name_of
 from .interpret import Runtime, evaluate
 from .keys import own_key

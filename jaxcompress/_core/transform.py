@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from .._errors import JaxCompressError
 from . import typed
-from .analyze import MARK
+from .analysis import MARK
 from .arguments import ArgNums, chosen, label_arguments, positions
 from .keys import TAKES_KEY, take_key
 from .provenance import Label

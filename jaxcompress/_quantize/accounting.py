@@ -15,7 +15,8 @@ from .._core.qtensor import is_qtensor, nbytes
 from .._core.region import Traced
 from .._core.sites import Site
 from .at_site import Setting
-from .aware import QuantizeAware, describe, why_not
+from .aware import QuantizeAware
+from .decisions import describe, why_not
 from .recipe import Recipe
 
 

@@ -22,7 +22,7 @@ import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from .._core.analyze import INTEGER
+from .._core.analysis import INTEGER
 from .._core.qtensor import is_qtensor
 from .._core.sites import Site
 from .._errors import SiteError

@@ -219,7 +219,7 @@ def jaxcompress_integer(
 ) -> tuple[Any, Any]:
     """(the product, that of the floats for whoever puts it in its place).
 
-    Its name is `_core.analyze.INTEGER`: that of all sites which are computed on codes.
+    Its name is `_core.analysis.INTEGER`: that of all sites which are computed on codes.
     """
 
     def native(lhs: Any, rhs: Any, lq: QTensor, rq: QTensor) -> jax.Array:

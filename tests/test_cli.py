@@ -613,7 +613,7 @@ def test_fashion_mnist_says_how_to_get_the_data(folder, fails, monkeypatch):
     assert "apt-get install dataset-fashion-mnist" in message
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fashion_mnist_runs_on_images_of_its_kind(folder, noise_images):
     """A few steps on noise: the data set need not be there."""
     words = ["compress", str(EXAMPLES / "fashion_mnist.py"), "--steps", "2", "--float-steps", "2"]

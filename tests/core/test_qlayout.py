@@ -62,6 +62,7 @@ MUST = {  # by granularity and contracted axis
 CASES = [(f, g, a) for f in ("int4", "uint4", "int3") for g, a in MUST if g] + [
     (f, g, 1) for f in ("int8", "nf4", "ternary", "float8_e4m3fn") for g in ("channel", "group:16")
 ] + [("mxfp4", None, 1), ("nvfp4", None, 1)]
+HALF = [pytest.param(*case, marks=[pytest.mark.full] * (i % 2)) for i, case in enumerate(CASES)]
 # fmt: on
 
 
@@ -75,7 +76,7 @@ def same_bits(got, want):
     assert got.dtype == want.dtype
 
 
-@pytest.mark.parametrize("fmt, granularity, axis", CASES)
+@pytest.mark.parametrize("fmt, granularity, axis", HALF)
 def test_moves_the_array_bit_for_bit(fmt, granularity, axis):
     # Blocks take rows along both other axes: what splits the first of them is not for them.
     two = "block" in (granularity or "")

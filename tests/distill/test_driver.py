@@ -62,7 +62,9 @@ def test_teachers_logits():
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), g)
 
 
-@pytest.mark.parametrize("labels, batch", [(True, (X, Y)), ("y", {"x": X, "y": Y})], ids=str)
+@pytest.mark.parametrize(
+    "labels, batch", [(True, (X, Y)), ("y", {"x": X, "y": Y})], ids=["second", "by name"]
+)
 def test_labels_alpha_and_mask(labels, batch):
     where = {} if labels is True else {"inputs": "x"}
     loss = distill.loss_fn(model, model, KL, hard_labels=labels, alpha=0.7, **where)

@@ -6,6 +6,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import default
 
 import jaxcompress as jc
 from jaxcompress import Quantizer, Recipe, Rule
@@ -60,7 +61,11 @@ def fpga(fmt, path):
     return "native"
 
 
-@pytest.mark.parametrize("fmt", ROWS)
+FEW = ("int8", "int4", "ternary", "float16", "float8_e4m3fn", "float6_e2m3fn", "float4_e2m1fn")
+FEW += ("nf4", "mxfp8_e4m3", "mxfp4", "mxint8", "nvfp4")
+
+
+@pytest.mark.parametrize("fmt", default(ROWS, *FEW))
 def test_a_row(fmt, tmp_path):
     q, path = Quantizer(fmt), tmp_path / "m.onnx"
     act = Quantizer(fmt, None if q.format.block else "token")

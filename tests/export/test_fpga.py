@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from twins import default
 
 import jaxcompress as jc
 from jaxcompress import Quantizer, Recipe, Rule
@@ -73,11 +74,11 @@ def compressed(fn, params, x, recipe):
     return small.fn, small.params
 
 
-# What the others hold too costs half a minute of compiling C++ each.
-HELD = [pytest.param(name, marks=pytest.mark.full) for name in ("mlp", "cnn")]
+# Each costs half a minute of compiling C++.
+BUILT = default(MODELS, "depthwise")
 
 
-@pytest.mark.parametrize("name", [*HELD, "depthwise", "ternary", "binary"])
+@pytest.mark.parametrize("name", BUILT)
 def test_the_c_simulation_is_the_function(name, tmp_path):
     fn, params, x, recipe = MODELS[name]
     fn, params = compressed(fn, params, x, recipe)

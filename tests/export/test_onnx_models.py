@@ -141,7 +141,7 @@ def relative(got, want):
     return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
 
 
-@pytest.mark.cover(times=2)
+@pytest.mark.cover
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_minimum_cells(model, recipe, tmp_path):

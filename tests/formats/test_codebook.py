@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from twins import default
 
 from jaxcompress import formats
 from jaxcompress._errors import FormatError
@@ -136,10 +137,10 @@ def test_bad_fixed_point():
         formats.fixed_point(17, 3)
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.parametrize("name", default([
     "int4", "ternary", "binary", "nf4", "float8_e4m3fn", "float4_e2m1fn", "float16", "bfloat16",
     "float8_e8m0fnu", "mxint8",
-])  # fmt: skip
+], "int4", "nf4", "float8_e4m3fn", "mxint8"))  # fmt: skip
 def test_stochastic_rounding_is_unbiased_and_keeps_the_grid(name):
     fmt, key = formats.get(name), jax.random.key(0)
     grid = fmt.values()

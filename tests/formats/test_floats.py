@@ -190,6 +190,7 @@ def test_onnx_quantize_linear_agrees(name, enum):
     np.testing.assert_array_equal(fmt.decode(fmt.encode(x, 0.5), 0.5), want)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("exponent, mantissa", [(2, 3), (3, 4), (5, 1), (4, 0), (1, 3)])
 @pytest.mark.parametrize("nan", ["none", "last", "negative_zero"])
 @pytest.mark.parametrize("infinities", [False, True])

@@ -23,6 +23,7 @@ def numpy_pack(codes, bits):
     return np.packbits(fields.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
+@pytest.mark.cover(times=2)
 @every_width
 @both_dtypes
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 7), (2, 3, 16), (4, 0), (0, 5)])

@@ -153,15 +153,21 @@ def test_all_bfloat16_go_to_a_nearest_number(fmt):
 @pytest.mark.parametrize("fmt", [f for f in FEW if f.name != "float8_e8m0fnu"], ids=str)
 def test_zeros_and_empty_arrays(fmt):
     q = Quantizer(fmt)
-    y = q.fake_quantize(jnp.zeros((32, 3)), 0)
+
+    @jax.jit  # one program is cheaper
+    def every(zeros, empty):
+        both = [(q.fake_quantize(x, 0), q.quantize(x, 0).dequantize()) for x in empty]
+        return q.fake_quantize(zeros, 0), q.scales(zeros, 0)[0], both
+
+    shapes = ((0, 3), (32, 0))
+    y, scales, both = every(jnp.zeros((32, 3)), [jnp.zeros(shape) for shape in shapes])
     if fmt.name == "binary":
         np.testing.assert_array_equal(jnp.abs(y), y[0, 0])
     else:
         np.testing.assert_array_equal(y, 0)
-    assert np.isfinite(q.scales(jnp.zeros((32, 3)), 0)[0]).all()
-    for shape in ((0, 3), (32, 0)):
-        assert q.fake_quantize(jnp.zeros(shape), 0).shape == shape
-        assert q.quantize(jnp.zeros(shape), 0).dequantize().shape == shape
+    assert np.isfinite(scales).all()
+    for shape, results in zip(shapes, both, strict=True):
+        assert [x.shape for x in results] == [shape] * 2
 
 
 @pytest.mark.parametrize("fmt", [f for f in EVERY if f.block is None], ids=lambda f: f.name)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import default
 from twins import draw as normal
 
 import jaxcompress as jc
@@ -88,7 +89,19 @@ TABLE = (
     Law("bias_correction"),
     Law("fold_norm", ((normed, NORMED),), 2),
 )
-every_method = pytest.mark.parametrize("law", TABLE, ids=lambda law: law.name)
+SCANNED = [law for law in TABLE if len(law.models) > 1]
+
+
+def name_of(law):
+    return law.name
+
+
+every_method = pytest.mark.parametrize("law", TABLE, ids=name_of)
+
+
+def few_methods(laws, *names):
+    """For tests that solve once more for each method."""
+    return pytest.mark.parametrize("law", default(laws, *names, name=name_of), ids=name_of)
 
 
 def recipe(bits, size="group:8"):
@@ -118,7 +131,7 @@ def test_the_table_has_every_method():
     assert {law.name for law in TABLE} == set(jc.methods.METHODS)
 
 
-@every_method
+@few_methods(TABLE, "gptq")
 def test_same_call_same_bits(law):
     fn, params = law.models[0]
     again = jc.quantize(fn, params, recipe(4), calibration=BATCHES, method=law.method)
@@ -133,7 +146,7 @@ def test_every_weight_is_packed_and_counted(law):
     assert small.report.bytes_after == jc.nbytes(small.params)
 
 
-@every_method
+@few_methods(TABLE, "mse", "gptq", "sparsegpt")
 def test_more_bits_are_nearer(law):
     half = law.name == "sparsegpt"  # half of the weights are gone with any number of bits
     few, many = (distance(law, compressed(law.name, bits)) for bits in (2 if half else 4, 8))
@@ -149,7 +162,7 @@ def test_jit_and_vmap(law):
     np.testing.assert_allclose(mapped.reshape(eager.shape), eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("law", [r for r in TABLE if len(r.models) > 1], ids=lambda r: r.name)
+@few_methods(SCANNED, "gptq", "smoothquant")
 def test_scanned_layers_are_rounded_as_listed_ones(law):
     """Up to the order of the sums in the statistics, which moves few codes."""
     stacked, one_by_one = (compressed(law.name, model=i).params["layers"] for i in (0, 1))
@@ -159,8 +172,8 @@ def test_scanned_layers_are_rounded_as_listed_ones(law):
             assert float(jnp.mean(jnp.abs(a - b) > 1e-5)) < 0.02, (i, name)
 
 
+@pytest.mark.parametrize("bits", default([2, 3], "3"))
 @pytest.mark.parametrize("name", ["mse", "gptq", "awq"])
-def test_outputs_err_less_than_rounded_to_nearest(name):
+def test_outputs_err_less_than_rounded_to_nearest(name, bits):
     (law,) = (law for law in TABLE if law.name == name)
-    for bits in (2, 3):
-        assert distance(law, compressed(name, bits)) < distance(law, compressed("rtn", bits))
+    assert distance(law, compressed(name, bits)) < distance(law, compressed("rtn", bits))

@@ -65,6 +65,7 @@ def test_all_at_once_sees_the_float_function():
     assert same(prune.wanda(mlp, MLP, X, sparsity=0.9).report.masks["c"]["w"], mask) < 0.99
 
 
+@pytest.mark.full
 def test_scanned_layers_equal_layers_in_a_list():
     stacked, listed = make()
     a = prune.sparsegpt(scanned, stacked, DATA, nm=(2, 4))

@@ -354,6 +354,7 @@ def test_scan_equals_unrolled():
     assert_same(got, want, ROUNDING)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("split", ["batch", "summed", "outputs"])
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map(split, check):

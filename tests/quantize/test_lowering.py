@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
+from twins import RECIPES, default
 from twins import draw as normal
 
 import jaxcompress as jc
@@ -65,7 +66,7 @@ def lower(f, *args):
     return jax.jit(f).trace(*args).lower(lowering_platforms=PLATFORMS).as_text()
 
 
-@pytest.mark.parametrize("recipe", jc.recipes.RECIPES)
+@pytest.mark.parametrize("recipe", default(jc.recipes.RECIPES, *RECIPES))
 def test_forward_and_train_step_lower_everywhere(recipe):
     params, tx = held_by(recipe)
     text = lower(jc.quantize_aware(model, recipe), params, IMAGES, IDS)

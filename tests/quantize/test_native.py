@@ -8,7 +8,7 @@ import jax.export as jax_export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from twins import draw
+from twins import default, draw
 
 import jaxcompress as jc
 from jaxcompress._core import _compat
@@ -81,7 +81,7 @@ def test_products_of_codes(name, spelled):
     assert (np.abs(got - np.einsum(spelled, l, r)) <= 64 * 2.0**-24 * size).all()
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("recipe", default(["fp8", "mxfp8", "mxfp4", "nvfp4"], "fp8", "nvfp4"))
 def test_platforms(recipe, params):
     """Accelerators multiply codes, in the forward pass only; a CPU the rounded floats."""
     native = recipe == "fp8" or _compat.SCALED_DOT
@@ -123,7 +123,7 @@ def test_gradient_is_straight_through(params):
     np.testing.assert_allclose(dx, g @ quantizer.fake_quantize(w, 0).T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("recipe", default(["fp8", "mxfp4"], "mxfp4"))
 def test_artifacts(recipe, params, tmp_path):
     """The stored program of packed weights has both forms, and the bits of the function here."""
     fn = jc.quantize_aware(model, recipe)

@@ -48,7 +48,7 @@ def test_gptq_equals_the_solver_on_hessians_by_hand():
     np.testing.assert_allclose(small.params["c"]["w"].dequantize(), second, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gptq_of_scanned_layers_equals_that_of_a_list_and_repeats_its_bits():
     stacked, listed = make()
     a = jc.quantize(scanned, stacked, W3, calibration=DATA, method="gptq")

@@ -7,6 +7,7 @@ import jax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from twins import default
 
 import jaxcompress as jc
 from tests.quantize.test_post_training_methods import MLP, X, distance, mlp
@@ -92,9 +93,7 @@ EIGHT = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param("auto, gptq", marks=pytest.mark.full), *list(EIGHT)[1:]]
-)
+@pytest.mark.parametrize("case", default(EIGHT, "explicit, awq"))
 def test_eight_devices_give_the_result_of_one(case):
     axis, method, recipe = EIGHT[case]
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis,))

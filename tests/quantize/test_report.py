@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from twins import RECIPES, default
 from twins import draw as normal
 
 import jaxcompress as jc
@@ -76,7 +77,7 @@ def test_rows_and_totals():
     assert all(rows[n].snr_db > 25 for n in ("conv", "embed", "layers", "head"))
 
 
-@pytest.mark.parametrize("name", jc.recipes.RECIPES)
+@pytest.mark.parametrize("name", default(jc.recipes.RECIPES, *RECIPES))
 def test_totals_of_every_recipe(name):
     report = jc.report(model, name)(PARAMS, IMAGES, IDS)
     assert report.bytes_before == sum(a.nbytes for a in PARAMS.values())

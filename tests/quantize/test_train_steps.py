@@ -350,6 +350,7 @@ def test_data_parallel(recipe, check):
     )
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("where", ["inside", "by hand"])
 def test_clipping_by_global_norm(recipe, where):
@@ -371,6 +372,7 @@ def test_clipping_by_global_norm(recipe, where):
     assert_threaded(step, explicit, state, tx, plain=clipping, tolerance=SUMS)
 
 
+@pytest.mark.cover
 @recipes
 @pytest.mark.parametrize("scale", [2.0**15, 2.0**-20])
 def test_loss_scaling(recipe, scale):
@@ -405,6 +407,7 @@ def large(g):
     return jax.tree.map(lambda g: g * jnp.where(jnp.linalg.norm(g) < 1e-9, 2.0**64, 1.0), g)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("rescale", [normalized, large])
 @recipes
 def test_leaf_by_leaf_rescaling_outside_of_quant_tx_raises(recipe, rescale):
@@ -741,6 +744,7 @@ def test_nnx_forward_is_quantized_as_a_whole():
 # ---------------------------------------------------------------------- bad input
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_an_optimizer_without_quant_tx(tx, jit):

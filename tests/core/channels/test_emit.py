@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nets import NETS, Draw, attend, layernorm, rmsnorm
 from test_groups import leaves_by_path
 from test_models import equinox_model, linen, nnx_model
+from twins import default
 
 import jaxcompress as jc
 
@@ -61,7 +62,7 @@ POLYMORPHIC = {
 }
 
 
-@pytest.mark.parametrize("name", POLYMORPHIC)
+@pytest.mark.parametrize("name", default(POLYMORPHIC, *[*POLYMORPHIC][::2]))
 def test_the_same_source_with_cut_parameters(name):
     fn, params, inputs = NETS[name]()
     for member in POLYMORPHIC[name]:

@@ -127,8 +127,8 @@ ALIKE += ("p5", "p6", "p7", "e5m2fnuz", "e4m3b11fnuz")
 
 def different(fmts) -> list:
     """Formats, or their names, as cases: `-m full` takes all, the default run those that differ."""
-    return [
-        pytest.param(fmt, marks=pytest.mark.full) if str(getattr(fmt, "name", fmt)).endswith(ALIKE)
-        else fmt
-        for fmt in fmts
-    ]  # fmt: skip
+
+    def name(fmt):
+        return str(getattr(fmt, "name", fmt))
+
+    return default(fmts, *(n for n in map(name, fmts) if not n.endswith(ALIKE)), name=name)

@@ -75,10 +75,7 @@ def compressed(fn, params, x, recipe):
 
 
 # Each costs half a minute of compiling C++.
-BUILT = default(MODELS, "depthwise")
-
-
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", default(MODELS, "depthwise"))
 def test_the_c_simulation_is_the_function(name, tmp_path):
     fn, params, x, recipe = MODELS[name]
     fn, params = compressed(fn, params, x, recipe)

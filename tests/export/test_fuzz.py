@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import xxhash
 from trees import assert_same
-from twins import draw
+from twins import default, draw
 
 import jaxcompress as jc
 from jaxcompress._cli import main
@@ -217,7 +217,7 @@ def note(folder, quantization):
 
 
 KINDS = ("file", "shards", "compressed-tensors", "foreign")
-COUNTS = [100, pytest.param(10_000, marks=pytest.mark.full)]
+COUNTS = default([100, 10_000], "100")
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -122,10 +122,7 @@ def in_a_fresh_process(code, *args):
 
 @pytest.mark.parametrize(
     "cases",
-    [
-        pytest.param(FEW, marks=pytest.mark.slow),
-        pytest.param(ALL, marks=pytest.mark.full),
-    ],
+    [pytest.param(FEW, marks=pytest.mark.slow), pytest.param(ALL, marks=pytest.mark.full)],
 )
 def test_every_recipe_gives_the_same_bits_in_a_fresh_process(cases, tmp_path):
     """One call for four platforms; outputs and sites as the function has them under jit."""
